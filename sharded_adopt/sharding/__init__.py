@@ -1,0 +1,1 @@
+"""The sharded engine: layout, buffers, collectives and the optimizer in front of them."""

@@ -1,0 +1,289 @@
+"""Every message between ranks: the only module of the engine that calls torch.distributed.
+
+[Note: two groups] Gradients and parameters travel on a group of their own (`data`), everything else on another
+(`control`, always gloo, so that a host decision never waits for a GPU stream). gloo matches the messages of a group in
+the order in which they were sent: two kinds of traffic on one group gave wrong sums without an error when two ranks
+interleaved them differently. Neither group is the caller's, so nothing that the training loop sends can come between.
+
+[Note: exchange on gloo] gloo builds `reduce_scatter` from a whole all-reduce, and its `all_gather` allocates a second
+output; together they cost four all-reduces and send half as much again as needed. Sending each rank its slice and
+adding up what arrives costs one. The sum then has a fixed order, by rank, whatever the world size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Collectives", "Pending", "RanksDisagree"]
+
+
+class RanksDisagree(ValueError):
+    """The ranks were given different things where all must be given the same."""
+
+
+class Pending(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> None:
+        """Return when its result is in place; idempotent."""
+
+
+class Collectives:
+    """The messages of one set of ranks; a lone process is the ordinary case of one rank.
+
+    `process_group` is where the ranks come from (default: all, if torch.distributed is initialised, else this process
+    alone). Construction is a collective over it: two groups of the same ranks are made. `timeout` in seconds bounds
+    every operation on them (default: that of torch.distributed).
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float | None = None) -> None:
+        self.process_group = process_group
+        self.timeout = timeout
+        self._data: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
+        self._is_gloo = True
+        if process_group is None and not (dist.is_available() and dist.is_initialized()):
+            self.rank, self.world_size = 0, 1
+            self.global_ranks = [0]
+            return
+        self.rank = dist.get_rank(process_group)
+        self.world_size = dist.get_world_size(process_group)
+        if self.rank < 0:
+            raise ValueError(f"this process (rank {dist.get_rank()}) is not a member of the process group it was given")
+        self.global_ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        self._open()
+
+    def _open(self) -> None:
+        if self.world_size == 1:
+            return
+        timeout = None if self.timeout is None else datetime.timedelta(seconds=self.timeout)
+        backend = dist.get_backend(self.process_group)
+        self._is_gloo = backend == "gloo"
+        # Only the members call, also where the ranks are some of many.
+        make: Callable[..., Any] = dist.new_group
+        options = {"timeout": timeout, "use_local_synchronization": True}
+        self._data = make(self.global_ranks, backend=backend, group_desc="sharded_adopt data", **options)
+        self._control = make(self.global_ranks, backend="gloo", group_desc="sharded_adopt control", **options)
+
+    def reopen(self) -> None:
+        """Replace both groups by new ones after an error: what was under way on the old ones is dropped. Collective."""
+        self.close()
+        self._open()
+
+    def close(self) -> None:
+        """Give both groups back; nothing can be sent afterwards. Not a collective."""
+        for group in (self._data, self._control):
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._data = self._control = None
+
+    # --- tensors of the size of a bucket ---------------------------------------------------------------------------
+
+    def reduce_scatter_mean_(self, buffer: Tensor, tag: int) -> Pending:
+        """Start to replace this rank's slice of `buffer` by the mean of that slice over the ranks.
+
+        `buffer`: 1-D, `world_size` equal slices, the same on every rank. The other slices are left as they are. The sum
+        is taken in the order of the ranks and then divided. `tag` tells messages of one kind apart; every rank must
+        start the same operations in the same order. `buffer` must not change until `wait()` has returned.
+        """
+        if self.world_size == 1 or buffer.numel() == 0:
+            return _DONE
+        if self._is_gloo:
+            return _MeanOfSlices(self, buffer, tag)
+        shard = self._slices(buffer)[self.rank]
+        # NCCL sums into its output, which may be a slice of its input.
+        work = dist.reduce_scatter_tensor(shard, buffer, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
+        return _Works([work])
+
+    def all_gather_(self, buffer: Tensor, tag: int) -> Pending:
+        """Start to fill `buffer` (1-D, `world_size` equal slices) with every rank's own slice of it, in place."""
+        if self.world_size == 1 or buffer.numel() == 0:
+            return _DONE
+        if self._is_gloo:
+            return _SlicesInPlace(self, buffer, tag)
+        work = dist.all_gather_into_tensor(buffer, self._slices(buffer)[self.rank], group=self._data, async_op=True)
+        return _Works([work])
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` (contiguous) by that of the first rank."""
+        if self.world_size > 1 and tensor.numel():
+            dist.broadcast(tensor, src=self.global_ranks[0], group=self._data)
+
+    def gather(self, tensor: Tensor, everywhere: bool) -> list[Tensor] | None:
+        """Every rank's `tensor` (1-D, the same size everywhere), by rank; None off the first rank unless `everywhere`.
+
+        The result is on the CPU unless there is one rank only.
+        """
+        if self.world_size == 1:
+            return [tensor]
+        local = tensor.detach().cpu().contiguous()
+        found = [torch.empty_like(local) for _ in range(self.world_size)] if everywhere or self.rank == 0 else None
+        if everywhere:
+            assert found is not None
+            dist.all_gather([_as_bytes(one) for one in found], _as_bytes(local), group=self._control)
+        else:
+            views = None if found is None else [_as_bytes(one) for one in found]
+            dist.gather(_as_bytes(local), views, dst=self.global_ranks[0], group=self._control)
+        return found
+
+    # --- numbers ---------------------------------------------------------------------------------------------------
+
+    def max_(self, tensor: Tensor) -> None:
+        """Replace `tensor` (on the CPU) by its elementwise maximum over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
+
+    def sum_in_rank_order(self, tensor: Tensor) -> Tensor:
+        """The elementwise sum over the ranks of a small tensor on the CPU, added in the order of the ranks."""
+        parts = self.gather(tensor.reshape(-1), everywhere=True)
+        assert parts is not None
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total.view_as(tensor)
+
+    # --- plain data ------------------------------------------------------------------------------------------------
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank. Lengths may differ; nothing is pickled."""
+        if self.world_size == 1:
+            return [data]
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
+        dist.all_gather(lengths, length, group=self._control)
+        longest = max(int(one) for one in lengths)
+        if longest == 0:
+            return [b""] * self.world_size
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(found, padded, group=self._control)
+        return [ctypes.string_at(one.data_ptr(), int(n)) for one, n in zip(found, lengths, strict=True)]
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank; it must be JSON."""
+        return [json.loads(data) for data in self.all_gather_bytes(json.dumps(value).encode())]
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """The first rank's `data`; what the others pass is ignored."""
+        return self.all_gather_bytes(data if self.rank == 0 else b"")[0]
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.all_gather_bytes(b"")
+
+    def raise_together(
+        self, error: BaseException | None, make: Callable[[dict[int, str]], Exception] | None = None
+    ) -> None:
+        """Raise on every rank if any rank has an `error`, so that none waits for one that has left.
+
+        A rank with an error of its own raises that one. The others raise `make({rank: message})`, by default an
+        exception of the failing rank's class where it is `ValueError` or `TypeError`, else `RuntimeError`, which names
+        the ranks. Call it on every rank, with None where all went well.
+        """
+        report = None if error is None else [_kind(error), str(error)]
+        failures = {r: one for r, one in enumerate(self.all_gather_json(report)) if one is not None}
+        if not failures:
+            return
+        if error is not None:
+            raise error
+        if make is not None:
+            raise make({rank: message for rank, (_, message) in failures.items()})
+        kind, message = next(iter(failures.values()))
+        ranks = ", ".join(str(rank) for rank in failures)
+        raise _KINDS[kind](f"rank {ranks} failed: {message}")
+
+    def _slices(self, buffer: Tensor) -> Sequence[Tensor]:
+        return buffer.view(self.world_size, -1).unbind(0)
+
+
+_KINDS: dict[str, type[Exception]] = {
+    "RanksDisagree": RanksDisagree,
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "NotImplementedError": NotImplementedError,
+    "RuntimeError": RuntimeError,
+}
+
+
+def _kind(error: BaseException) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    # gloo sends no bool and no int16; bytes it always sends.
+    return tensor.view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+
+
+class _Works:
+    """torch's handles of operations under way."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        while self._works:
+            self._works[-1].wait()
+            self._works.pop()
+
+
+_DONE = _Works([])
+
+
+def _exchange(group: Collectives, tag: int, sent: Callable[[int], Tensor], received: Callable[[int], Tensor]) -> _Works:
+    """Send `sent(rank)` to every other rank and receive `received(rank)` from it. See [Note: exchange on gloo].
+
+    Every rank starts with its right neighbour, so that no rank is everybody's first.
+    """
+    works: list[Any] = []
+    size, own = group.world_size, group.rank
+    for distance in range(1, size):
+        target, source = (own + distance) % size, (own - distance) % size
+        works.append(dist.irecv(received(source), group.global_ranks[source], group=group._data, tag=tag))
+        works.append(dist.isend(sent(target), group.global_ranks[target], group=group._data, tag=tag))
+    return _Works(works)
+
+
+class _SlicesInPlace:
+    """An all-gather by exchange."""
+
+    def __init__(self, group: Collectives, buffer: Tensor, tag: int) -> None:
+        slices = group._slices(buffer)
+        self._works = _exchange(group, tag, lambda _: slices[group.rank], lambda rank: slices[rank])
+
+    def wait(self) -> None:
+        self._works.wait()
+
+
+class _MeanOfSlices:
+    """A reduce-scatter by exchange: what the others send is kept aside until all is there, then added by rank."""
+
+    def __init__(self, group: Collectives, buffer: Tensor, tag: int) -> None:
+        slices = group._slices(buffer)
+        self._own, self._rank, self._world_size = slices[group.rank], group.rank, group.world_size
+        arrived = torch.empty(group.world_size - 1, self._own.numel(), dtype=buffer.dtype, device=buffer.device)
+        # Row of a rank: its number, with this rank's own left out.
+        self._arrived: Tensor | None = arrived
+        self._works = _exchange(
+            group, tag, lambda rank: slices[rank], lambda rank: arrived[rank if rank < group.rank else rank - 1]
+        )
+
+    def wait(self) -> None:
+        if self._arrived is None:
+            return
+        self._works.wait()
+        parts = list(self._arrived.unbind(0))
+        parts.insert(self._rank, self._own)
+        total = parts[0]
+        for part in parts[1:]:
+            # Rank 0 adds into its own slice, the others into the first that arrived: no further memory either way.
+            total += part
+        torch.div(total, self._world_size, out=self._own)
+        self._arrived = None
