@@ -141,14 +141,11 @@ class Collectives:
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
 
-    def sum_in_rank_order(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum over the ranks of a small tensor on the CPU, added in the order of the ranks."""
-        parts = self.gather(tensor.reshape(-1), everywhere=True)
+    def all_gather_scalar(self, scalar: Tensor) -> list[Tensor]:
+        """Every rank's 0-dim tensor (on the CPU), by rank."""
+        parts = self.gather(scalar.reshape(1), everywhere=True)
         assert parts is not None
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return total.view_as(tensor)
+        return [part[0] for part in parts]
 
     # --- plain data ------------------------------------------------------------------------------------------------
 

@@ -177,6 +177,35 @@ class Layout:
             "buckets": [asdict(bucket) for bucket in self.buckets],
         }
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Layout:
+        """The inverse of `to_json`, also after a trip through JSON text. Raises `ValueError` for what is no layout."""
+        try:
+            params = tuple(
+                ParamSpec(
+                    name=str(one["name"]),
+                    shape=tuple(one["shape"]),
+                    key=BucketKey(**one["key"]),
+                    itemsize=one["itemsize"],
+                    group=one["group"],
+                    dim_order=tuple(one["dim_order"]),
+                )
+                for one in data["params"]
+            )
+            buckets = tuple(
+                Bucket(
+                    key=BucketKey(**one["key"]),
+                    placements=tuple(Placement(**placement) for placement in one["placements"]),
+                    numel=one["numel"],
+                    shard_numel=one["shard_numel"],
+                    padded_numel=one["padded_numel"],
+                )
+                for one in data["buckets"]
+            )
+            return cls(data["world_size"], params, buckets)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the plain data of a layout, got something else: {error!r}") from error
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the layout: equal on two ranks exactly if their layouts are."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,474 @@
+"""The sharded optimizer: its face to the user, and the order of events.
+
+What happens in a room of its own is only called from here: gradients (`reducer`), parameters (`parameters`), the
+state's forms (`state`), the optimizer inside (`inner`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.optim
+from torch import Tensor, nn
+
+from sharded_adopt.adopt import ADOPT
+from sharded_adopt.sharding.agreement import require_same, require_same_layout
+from sharded_adopt.sharding.collectives import Collectives
+from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
+from sharded_adopt.sharding.groups import Group, param_specs, read_groups, refuse_missing
+from sharded_adopt.sharding.hyperparameters import comparable, from_json, to_json
+from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_defaults, refuse_not_elementwise
+from sharded_adopt.sharding.layout import Layout
+from sharded_adopt.sharding.parameters import ShardedParameters
+from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
+from sharded_adopt.sharding.reducer import MAX_BUCKETS_IN_FLIGHT, GradientReducer
+from sharded_adopt.sharding.state import ShardedState
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Run any elementwise torch optimizer with its state split evenly over the ranks (ZeRO-1).
+
+    Each rank owns an equal slice of every bucket of parameters, averages the gradients of that slice over the ranks
+    while backward runs, updates it, and fetches the others' slices. The result is that of one process on the averaged
+    gradient.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs, or groups of either. They become views of flat buffers; identity,
+        strides
+            and tying are kept.
+        optimizer_class: an elementwise `torch.optim.Optimizer`. It sees this rank's segments as 1-D parameters.
+        process_group: the ranks (default: all; one process where torch.distributed is not initialised).
+        module: its buffers are broadcast from the first rank, its names are used for unnamed parameters, and a
+        trainable
+            parameter of it that no group holds is an error.
+        reduce_gradients: True replaces DistributedDataParallel: parameters are broadcast now and gradients averaged in
+            backward. False stands beside it: `param.grad` must hold the averaged gradient.
+        bucket_cap_mb: the size of a bucket in MiB; a larger parameter fills one alone.
+        overlap_grad_reduce: start to reduce a bucket as soon as backward has filled it.
+        timeout: seconds that any exchange may take (default: torch.distributed's).
+        **defaults: the arguments of `optimizer_class`.
+
+    Construction, `step`, `synchronize_gradients`, `clip_grad_norm_`, `add_param_group`, `full_state_dict`,
+    `load_state_dict` and `reset` are collective: every rank calls them, in the same order.
+
+    After synchronisation (`step`, `synchronize_gradients`, `clip_grad_norm_`) `param.grad` is a view of its bucket,
+    in which this rank's segment is the mean and the rest unspecified. So torch's `clip_grad_norm_` is right only with
+    `reduce_gradients=False`; use this class's.
+
+    Raises `ValueError`, `TypeError` or `RanksDisagree` (a `ValueError`) on every rank if any rank was given something
+    wrong or different.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+        >>> model(torch.ones(3)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.layout.segments(rank=0)[0].numel  # alone, this rank owns all three weights
+        3
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        optimizer_class: OptimizerClass = ADOPT,
+        process_group: Any = None,
+        *,
+        module: nn.Module | None = None,
+        mesh: Any = None,
+        sharding: str = "full",
+        shard_gradients: bool = False,
+        reduce_gradients: bool = True,
+        bucket_cap_mb: float = 25.0,
+        overlap_grad_reduce: bool = True,
+        overlap_param_gather: bool = False,
+        reduce_dtype: torch.dtype | None = None,
+        gather_dtype: torch.dtype | None = None,
+        main_params: str = "auto",
+        timeout: float | None = None,
+        **defaults: Any,
+    ) -> None:
+        _refuse_unbuilt(
+            mesh=(mesh, None),
+            sharding=(sharding, "full"),
+            shard_gradients=(shard_gradients, False),
+            overlap_param_gather=(overlap_param_gather, False),
+            reduce_dtype=(reduce_dtype, None),
+            gather_dtype=(gather_dtype, None),
+            main_params=(main_params, "auto"),
+        )
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
+        refuse_not_elementwise(optimizer_class)
+        self._built = False
+        self._reduces = reduce_gradients
+        self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
+        self._collectives = Collectives(process_group, timeout)
+        groups: tuple[Group, ...] = ()
+        error: Exception | None = None
+        try:
+            groups = read_groups(params, module)
+            if module is not None and reduce_gradients:
+                refuse_missing(module, groups)
+            _refuse_16_bit(groups)
+            own_defaults = read_defaults(optimizer_class, groups, defaults)
+            super().__init__([group.as_param_group() for group in groups], own_defaults)
+        except Exception as caught:
+            error = caught
+        self._collectives.raise_together(error)
+
+        self._inner = InnerOptimizer(optimizer_class, defaults, [{"params": [], **group.options} for group in groups])
+        self._parameters = ShardedParameters(self._collectives)
+        self._gradients: GradientSource = (
+            GradientReducer(self._collectives, overlap_grad_reduce)
+            if reduce_gradients
+            else GivenGradients(self._collectives)
+        )
+        self._verdict: Verdict | None = None
+        # Until something has been stepped, a step in which every gradient is zero may be a host's dummy.
+        self._nothing_stepped = self._inner.guards_dummy_step
+        self._built = True
+        self._take_over(groups)
+        if module is not None and reduce_gradients:
+            for buffer in module.buffers():
+                self._collectives.broadcast_(buffer)
+
+    def _take_over(self, groups: Sequence[Group]) -> None:
+        """Lay out, bind and make state for groups that are in `param_groups` already. Collective."""
+        known = self._parameters.layout
+        first_group = len(self.param_groups) - len(groups)
+        layout = known.extended(param_specs(groups, first_group), self._bucket_cap_nbytes)
+        require_same_layout(self._collectives, layout, [comparable(group) for group in self.param_groups])
+        tensors = [tensor for group in groups for tensor in group.params]
+        self._parameters.add(layout, tensors, with_grads=self._reduces, broadcast=self._reduces)
+        self._gradients.add(layout, self._parameters.tensors, self._parameters.buffers)
+        segments = iter(self._parameters.segments[len(known.params) :])
+        for number, group in enumerate(groups, start=first_group):
+            self._inner.set_params(number, [next(segments) for _ in group.params])
+        self._inner.set_groups(self.param_groups)
+        places = layout.segments(self._collectives.rank)[len(known.params) :]
+        self._inner.make_state(places, self._parameters.segments[len(known.params) :], self._parameters.buffers)
+        self._state = ShardedState(self._collectives, self._inner, layout, self._parameters.segments)
+        self._mirror_state()
+
+    def _mirror_state(self) -> None:
+        """Show the inner optimizer's state under the user's parameters."""
+        for index, tensor in enumerate(self._parameters.tensors):
+            self.state[tensor] = self._state.wrapped(index, self.state.get(tensor, {}))
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average what is not averaged yet, update this rank's shard, and fetch the others'. Collective.
+
+        `closure`, if given, is called once with gradients enabled, and its result returned. A rank without a batch
+        calls `step()` too: its gradients count as zero. A parameter without a gradient on any rank is left alone,
+        state and all.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        verdict = self.synchronize_gradients()
+        self._inner.set_groups(self.param_groups)
+        is_dummy = self._nothing_stepped and verdict.any_nonzero is False
+        if verdict.present and not is_dummy:
+            self._nothing_stepped = False
+            for place, segment in zip(
+                self.layout.segments(self._collectives.rank), self._parameters.segments, strict=True
+            ):
+                segment.grad = self._gradients.segment_grad(place) if place.param in verdict.present else None
+            self._inner.step()
+            for segment in self._parameters.segments:
+                segment.grad = None
+            self._parameters.gather()
+            self._mirror_state()
+        self._gradients.close_round()
+        return loss
+
+    def synchronize_gradients(self) -> Verdict:
+        """Make the gradients final: this rank's segment of every `param.grad` is then the mean. Collective.
+
+        `step` does it by itself; call it to read or edit gradients before. Raises on every rank what went wrong with a
+        gradient on any.
+        """
+        problem = self._parameters.rebind()
+        return self._gradients.synchronize(ask_nonzero=self._nothing_stepped, problem=problem)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float | Tensor, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scale the averaged gradient so that its norm is at most `max_norm`, and return the norm before. Collective.
+
+        The norm is that of all gradients of all parameter groups, as `torch.nn.utils.clip_grad_norm_` gives it: a 0-dim
+        fp32 tensor (fp64 for fp64 gradients). It is taken in double, rank by rank. Gradients are scaled in place.
+
+        Raises `RuntimeError` on every rank for a norm that is not finite with `error_if_nonfinite`.
+        """
+        norm_type = float(norm_type)
+        verdict = self.synchronize_gradients()
+        parts = [self._gradients.segment_grad(place) for place in self._state.places if place.param in verdict.present]
+        norms = [
+            torch.linalg.vector_norm(part, norm_type, dtype=torch.promote_types(part.dtype, torch.float64)).cpu()
+            for part in parts
+            if part.numel()
+        ]
+        total = _combine(norms, norm_type)
+        total = _combine(self._collectives.all_gather_scalar(total), norm_type)
+        if error_if_nonfinite and not bool(torch.isfinite(total)):
+            raise RuntimeError(
+                f"the total norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped; "
+                "pass error_if_nonfinite=False to scale by it all the same"
+            )
+        factor = torch.clamp(torch.as_tensor(max_norm, dtype=torch.float64, device="cpu") / (total + 1e-6), max=1.0)
+        for grad in self._gradients.grads(verdict):
+            grad.mul_(factor.to(device=grad.device, dtype=grad.real.dtype if grad.is_complex() else grad.dtype))
+        first = self._parameters.tensors[0]
+        is_double = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in self._parameters.tensors)
+        return total.to(device=first.device, dtype=torch.float64 if is_double else torch.float32)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, backward accumulates gradients on this rank only; the next backward outside reduces the sum."""
+        return self._gradients.no_sync()
+
+    def reset(self) -> None:
+        """Go on after an error that was caught on every rank: new groups, no gradients left, whole parameters."""
+        self._collectives.reopen()
+        self._gradients.abandon()
+        self._parameters.gather()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Shard another group of parameters; what is there stays where it is. Collective after construction."""
+        if not self._built:
+            super().add_param_group(param_group)
+            return
+        error: Exception | None = None
+        groups: tuple[Group, ...] = ()
+        before = len(self.param_groups)
+        try:
+            if not isinstance(param_group, dict):
+                raise TypeError(f"expected a group like {{'params': [...]}}, got {type(param_group).__name__}")
+            groups = read_groups([param_group], None, first_index=len(self.layout.params))
+            _refuse_16_bit(groups)
+            known = {id(t): spec.name for t, spec in zip(self._parameters.tensors, self.layout.params, strict=True)}
+            for name, tensor in zip(groups[0].names, groups[0].params, strict=True):
+                if id(tensor) in known:
+                    raise ValueError(f"parameter {name!r} is in this optimizer already, as {known[id(tensor)]!r}")
+            self.layout.extended(param_specs(groups, before), self._bucket_cap_nbytes)
+            super().add_param_group(groups[0].as_param_group())
+            self._inner.add_group(groups[0].options)
+        except Exception as caught:
+            del self.param_groups[before:]
+            error = caught
+        self._collectives.raise_together(error)
+        self._take_over(groups)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shards; no collective.
+
+        As torch's, with integer ids. Each sharded tensor is a `FlatShard` in its parameter's shape over live memory,
+        which `torch.save`, `torch.load(weights_only=True)` and torch.distributed.checkpoint take.
+        """
+        self._inner.set_groups(self.param_groups)
+        packed: dict[str, Any] = super().state_dict()
+        for group, plain in zip(packed["param_groups"], self._inner.plain_groups(), strict=True):
+            group.update(plain)
+        return packed
+
+    def full_state_dict(self, rank0_only: bool = True) -> dict[str, Any]:
+        """What the unsharded optimizer's `state_dict()` would be, on the CPU; `{}` off rank 0 if `rank0_only`.
+
+        State lies whole in memory on the ranks that get it.
+        """
+        whole = self._state.gather(everywhere=not rank0_only)
+        if rank0_only and self._collectives.rank != 0:
+            return {}
+        return {"state": whole, "param_groups": self.state_dict()["param_groups"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a whole state dict (every rank passes it), or this rank's shards of the same layout. Collective.
+
+        Parameters are matched by their position in the groups, and must agree in number, shape and state. Nothing is
+        changed unless everything fits on every rank. The caller's dictionary is left as it is.
+
+        Raises `ValueError` on every rank naming what does not fit and both layouts.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        error: Exception | None = None
+        cut: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        try:
+            state_dict = self._inner.translated(state_dict)
+            groups = list(state_dict["param_groups"])
+            loaded = self._by_index(state_dict)
+            cut = self._state.check(loaded)
+        except Exception as caught:
+            error = caught
+        self._collectives.raise_together(error)
+        counters = {
+            f"{self.layout.params[index].name}.{key}": float(value)
+            for index, entries in cut.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor) and value.dim() == 0
+        }
+        values = {f"group {n}.{k}": repr(v) for n, group in enumerate(groups) for k, v in comparable(group).items()}
+        require_same(self._collectives, "the loaded state dict", {**counters, **values})
+        self._state.load(cut)
+        self._load_groups(groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _by_index(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """Loaded state by this optimizer's parameter index: ids may be integers or names, positions count."""
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        own = [len(group["params"]) for group in self.param_groups]
+        if sizes != own:
+            raise ValueError(f"the loaded state dict has parameter groups of {sizes} parameters, expected {own}")
+        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
+        index_of = {one: index for index, one in enumerate(ids)}
+        unknown = [one for one in state_dict["state"] if one not in index_of]
+        if unknown:
+            raise ValueError(f"the loaded state dict has state of parameters that are in no group: {unknown[:10]}")
+        return {index_of[one]: entries for one, entries in state_dict["state"].items()}
+
+    def _load_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take hyperparameters in plain form, and what is known from the state: whether anything was stepped."""
+        self._inner.load_groups(groups)
+        for group, inner, loaded in zip(self.param_groups, self._inner.optimizer.param_groups, groups, strict=True):
+            group.update({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+            if "param_names" in group and "param_names" in loaded:
+                group["param_names"] = list(loaded["param_names"])
+        steps = [self._state.of(index).get("step", 0) for index in range(len(self.layout.params))]
+        self._nothing_stepped = self._inner.guards_dummy_step and not any(float(step) > 0 for step in steps)
+        self._mirror_state()
+
+    # --- what checkpoints and plans ask ----------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank owns which elements."""
+        return self._parameters.layout
+
+    @property
+    def collectives(self) -> Collectives:
+        """The ranks that share this optimizer."""
+        return self._collectives
+
+    def memory_plan(self) -> MemoryPlan:
+        """Bytes that this optimizer holds on this rank, and sends in a step."""
+        return plan_memory(
+            self.layout,
+            self._inner.state_nbytes_per_element(self.layout),
+            reduces_gradients=self._reduces,
+            buckets_in_flight=MAX_BUCKETS_IN_FLIGHT,
+        )
+
+    def local_shards(self) -> dict[str, dict[str, Tensor]]:
+        """The live memory of this rank, by parameter name; no collective.
+
+        Under "param" and each state key a 1-D tensor of the rank's segment; counters as 0-dim tensors.
+        """
+        shards: dict[str, dict[str, Tensor]] = {}
+        for index, spec in enumerate(self.layout.params):
+            tensors = {k: torch.as_tensor(v) for k, v in self._state.of(index).items() if v is not None}
+            shards[spec.name] = {"param": self._parameters.segments[index], **tensors}
+        return shards
+
+    @torch.no_grad()
+    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Mapping[str, object]]) -> None:
+        """Write what `local_shards` and `plain_groups` have given, at any world size, and gather. Collective."""
+        index_of = {spec.name: index for index, spec in enumerate(self.layout.params)}
+        cut: dict[int, dict[str, Any]] = {}
+        for name, tensors in shards.items():
+            index = index_of[name]
+            self._parameters.segments[index].copy_(tensors["param"])
+            cut[index] = {key: value for key, value in tensors.items() if key != "param"}
+        self._state.load(cut)
+        self._load_groups([from_json(group) for group in groups])
+        self._parameters.gather()
+
+    def plain_groups(self) -> list[dict[str, object]]:
+        """Each group's hyperparameters as JSON, with the names of its parameters under "params"."""
+        self._inner.set_groups(self.param_groups)
+        plain = [{key: to_json(key, value) for key, value in one.items()} for one in self._inner.plain_groups()]
+        for number, group in enumerate(plain):
+            group["params"] = [spec.name for spec in self.layout.params if spec.group == number]
+        return plain
+
+    def param_for(self, name: str) -> Tensor:
+        """The user's parameter of that name. Raises `KeyError` where there is none."""
+        for spec, tensor in zip(self.layout.params, self._parameters.tensors, strict=True):
+            if spec.name == name:
+                return tensor
+        raise KeyError(name)
+
+    # --- refusals --------------------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch.amp.GradScaler asks this first thing in step(). Reduced here, an inf is seen by its owner only, and the
+        # ranks would skip different steps.
+        if self._built and self._reduces:
+            raise RuntimeError(
+                "torch.amp.GradScaler cannot see an inf in another rank's shard: use it with reduce_gradients=False"
+            )
+        return False
+
+    @classmethod
+    def from_adamw(cls, optimizer: torch.optim.Optimizer, **overrides: Any) -> NoReturn:
+        """Go on where an AdamW stands. Not built yet."""
+        raise NotImplementedError("ShardedOptimizer.from_adamw is not built yet: start ADOPT with its own warm-up")
+
+    def stats(self) -> NoReturn:
+        """Update RMS, share of clipped elements, gradient norm. Not built yet."""
+        raise NotImplementedError("ShardedOptimizer.stats is not built yet: clip_grad_norm_ returns the gradient norm")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("a sharded optimizer belongs to its ranks and cannot be copied: copy its full_state_dict()")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a sharded optimizer belongs to its ranks and cannot be pickled: save its state_dict()")
+
+
+class ShardedADOPT(ShardedOptimizer):
+    """`ShardedOptimizer` with `optimizer_class=ADOPT`; it takes the arguments of both.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = ShardedADOPT(model.named_parameters(), lr=1e-3, weight_decay=0.1, decouple=True)
+        >>> optimizer.state_dict()["param_groups"][0]["clip_lambda"]
+        {'exponent': 0.25, 'scale': 1.0}
+    """
+
+    def __init__(self, params: Any, process_group: Any = None, **arguments: Any) -> None:
+        super().__init__(params, ADOPT, process_group, **arguments)
+
+
+def _refuse_unbuilt(**arguments: tuple[Any, Any]) -> None:
+    for name, (value, built) in arguments.items():
+        if value != built:
+            raise NotImplementedError(f"{name}={value!r} is not built yet: leave it at {built!r}")
+
+
+def _refuse_16_bit(groups: Sequence[Group]) -> None:
+    for group in groups:
+        for name, tensor in zip(group.names, group.params, strict=True):
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                raise NotImplementedError(
+                    f"parameter {name!r} is {tensor.dtype}: main_params, the fp32 values that 16-bit parameters need, "
+                    "are not built yet; train fp32 parameters (torch.autocast keeps 16-bit compute)"
+                )
+
+
+def _combine(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    combined: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), norm_type)
+    return combined

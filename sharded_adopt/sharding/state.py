@@ -1,0 +1,159 @@
+"""The optimizer state in its three forms: live per segment, sharded in a state dict, and whole.
+
+Live, the inner optimizer keeps 1-D tensors for this rank's segments. In `state_dict()` each is a `FlatShard` in the
+shape of its parameter. Whole, it is what the unsharded optimizer would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_adopt.sharding.buckets import flatten_in_memory_order, unflatten_from_memory_order
+from sharded_adopt.sharding.collectives import Collectives
+from sharded_adopt.sharding.flat_shard import FlatShard
+from sharded_adopt.sharding.inner import InnerOptimizer, is_of_segment
+from sharded_adopt.sharding.layout import Layout, Segment
+
+StateOfParam = dict[str, Any]
+
+
+class ShardedState:
+    """Reads and writes the inner optimizer's state of every parameter, by its index in the layout."""
+
+    def __init__(self, group: Collectives, inner: InnerOptimizer, layout: Layout, segments: Sequence[Tensor]) -> None:
+        self._group = group
+        self._inner = inner
+        self._layout = layout
+        self.places: tuple[Segment, ...] = layout.segments(group.rank)
+        self._segments = segments
+
+    def of(self, index: int) -> StateOfParam:
+        """The live state of parameter `index`; empty where the optimizer has made none yet."""
+        return self._inner.state.get(self._segments[index], {})
+
+    def wrapped(self, index: int, known: StateOfParam) -> StateOfParam:
+        """The state of parameter `index` for `optimizer.state` and `state_dict()`.
+
+        Tensors of the segment's size come as `FlatShard`s over the same memory. Entries of `known` that still fit are
+        kept.
+        """
+        place, segment, spec = self.places[index], self._segments[index], self._layout.params[index]
+        wrapped: StateOfParam = {}
+        for key, value in self.of(index).items():
+            if not is_of_segment(value, segment):
+                wrapped[key] = value
+                continue
+            before = known.get(key)
+            if isinstance(before, FlatShard) and before.to_local() is value:
+                wrapped[key] = before
+            else:
+                wrapped[key] = FlatShard(value, place.start, spec.shape, spec.dim_order)
+        return wrapped
+
+    def gather(self, everywhere: bool) -> dict[int, StateOfParam]:
+        """Every parameter's whole state, on the first rank or on all; `{}` elsewhere. Collective.
+
+        Tensors lie on the CPU in the strides of their parameters; parameters without state are left out.
+        """
+        whole: dict[int, StateOfParam] = {}
+        receives = everywhere or self._group.rank == 0
+        for bucket in self._layout.buckets:
+            members = [p.param for p in bucket.placements]
+            for index in members:
+                scalars = {k: v for k, v in self.of(index).items() if not is_of_segment(v, self._segments[index])}
+                if receives and self.of(index):
+                    whole[index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
+            for key, dtype in self._flat_keys(members):
+                flat = torch.zeros(bucket.shard_numel, dtype=dtype)
+                holders = []
+                for index in members:
+                    value, place = self.of(index).get(key), self.places[index]
+                    if value is not None and value.dtype is dtype:
+                        holders.append(index)
+                        flat[place.shard_start : place.shard_start + place.numel].copy_(value)
+                shards = self._group.gather(flat, everywhere)
+                if shards is None:
+                    continue
+                buffer = torch.cat(shards)
+                for placement in bucket.placements:
+                    if placement.param in holders:
+                        spec = self._layout.params[placement.param]
+                        elements = buffer[placement.start : placement.start + placement.numel]
+                        whole[placement.param][key] = unflatten_from_memory_order(elements, spec).clone()
+        return dict(sorted(whole.items()))
+
+    def _flat_keys(self, members: Iterable[int]) -> list[tuple[str, torch.dtype]]:
+        found: dict[tuple[str, torch.dtype], None] = {}
+        for index in members:
+            for key, value in self.of(index).items():
+                if is_of_segment(value, self._segments[index]):
+                    found[key, value.dtype] = None
+        return sorted(found, key=str)
+
+    def check(self, loaded: Mapping[int, Mapping[str, Any]]) -> dict[int, StateOfParam]:
+        """Cut loaded state to this rank's segments, without changing anything.
+
+        Takes whole tensors and `FlatShard`s of this layout. Raises `ValueError` that lists everything that does not
+        fit.
+        """
+        problems: list[str] = []
+        cut: dict[int, StateOfParam] = {}
+        for index, entries in loaded.items():
+            spec = self._layout.params[index]
+            missing = set(self.of(index)) - set(entries) if entries else set()
+            unexpected = set(entries) - set(self.of(index)) if self.of(index) else set()
+            problems += [f"{spec.name!r} has no {key!r}" for key in sorted(missing)]
+            problems += [f"{spec.name!r} has an unknown entry {key!r}" for key in sorted(unexpected)]
+            cut[index] = {}
+            for key, value in entries.items():
+                try:
+                    cut[index][key] = self._cut(index, key, value)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+            raise ValueError(f"the state dict does not fit this optimizer, nothing was loaded: {shown}")
+        return cut
+
+    def _cut(self, index: int, key: str, value: Any) -> Any:
+        place, spec = self.places[index], self._layout.params[index]
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, FlatShard):
+            local = value.to_local()
+            if (value.start, local.numel(), tuple(value.shape)) != (place.start, place.numel, spec.shape):
+                raise ValueError(
+                    f"{key!r} of {spec.name!r} holds elements {value.start}:{value.start + local.numel()} of shape "
+                    f"{tuple(value.shape)}, but rank {self._group.rank} of {self._group.world_size} owns "
+                    f"{place.start}:{place.stop} of shape {spec.shape}: a state dict of another layout comes through "
+                    "sharded_adopt.checkpoint.load or torch.distributed.checkpoint"
+                )
+            return local
+        present = self.of(index).get(key)
+        is_counter = key == "step" if present is None else not is_of_segment(present, self._segments[index])
+        if is_counter:
+            return value
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(f"{key!r} of {spec.name!r} has shape {tuple(value.shape)}, expected {spec.shape}")
+        return flatten_in_memory_order(value, spec)[place.start : place.stop]
+
+    def load(self, cut: Mapping[int, StateOfParam]) -> None:
+        """Write state that `check` has returned. Parameters that are not in it go back to how they began."""
+        for index, segment in enumerate(self._segments):
+            own = self._inner.state[segment]
+            entries = cut.get(index, {})
+            for key, value in own.items():
+                if key not in entries and isinstance(value, Tensor):
+                    value.zero_()
+            for key, value in entries.items():
+                present = own.get(key)
+                if isinstance(present, Tensor) and isinstance(value, (Tensor, int, float)):
+                    present.copy_(torch.as_tensor(value))
+                elif isinstance(value, Tensor):
+                    own[key] = value.detach().clone().to(segment.device if value.dim() else value.device)
+                else:
+                    own[key] = value
