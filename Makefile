@@ -1,0 +1,40 @@
+# Each target sets up what it needs: a virtual environment in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: help venv demo test check clean
+
+help:
+	@echo "make demo    train on two ranks, kill -9, resume on three; loss curve in runs/demo/loss.png"
+	@echo "make test    run the tests (PYTEST='-k clip' to choose)"
+	@echo "make check   lint, format and types"
+	@echo "make venv    only set up $(VENV)"
+	@echo "make clean   remove $(VENV) and runs"
+
+venv: $(STAMP)
+
+# torch first and by its version: "torch" alone would let pip pick another release and its CUDA packages.
+# Without build isolation, setuptools is the pinned one too, and nothing is fetched twice.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[plots,test,reference,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

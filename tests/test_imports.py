@@ -1,0 +1,129 @@
+"""Imports run downward only: the table of docs/architecture.md, held against the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import sharded_adopt
+
+ROOT = Path(sharded_adopt.__file__).parent
+
+# What a part of the package may import of the rest, at run time or for types. A part is a module or a folder; for each
+# module the longest entry that fits counts, and within a folder its own modules are allowed where it names itself.
+ALLOWED: dict[str, set[str]] = {
+    "clipping": set(),
+    "launch_env": set(),
+    "sharding.layout": set(),
+    "dtensor": set(),
+    "kernels": {"kernels", "clipping"},
+    "options": {"clipping"},
+    "foreign": {"clipping", "options"},
+    "adopt": {"kernels", "clipping", "options", "foreign", "dtensor"},
+    "sharding": {"sharding"},
+    "sharding.buckets": {"sharding.layout"},
+    "sharding.collectives": {"sharding.layout"},
+    "sharding.hyperparameters": {"clipping", "options"},
+    "sharding.inner": {"sharding", "adopt"},
+    "sharding.optimizer": {"sharding", "adopt"},
+    "checkpoint": {"checkpoint", "sharding.layout", "sharding.collectives"},
+    # These stand on top.
+    "cli": {"adopt", "checkpoint", "clipping", "kernels", "launch_env", "sharding"},
+    "interop": {"adopt", "checkpoint", "clipping", "interop", "kernels", "launch_env", "sharding"},
+    "": {"adopt", "checkpoint", "clipping", "launch_env", "sharding"},
+}
+# The face of the engine: nothing below it may know it.
+FACE = "sharding.optimizer"
+MAY_IMPORT_THE_FACE = ("", "cli", "interop")
+# messages, the process group, and the adapters to DTensor and torch.distributed.checkpoint
+TALK_TO_TORCH_DISTRIBUTED = ("sharding.collectives", "launch_env", "dtensor", "sharding.flat_shard", "interop")
+
+
+def within(name: str, part: str) -> bool:
+    """Say whether the module `name` is `part` or inside it; the package's own name is ""."""
+    return name == part or (part != "" and name.startswith(part + "."))
+
+
+def sources() -> dict[str, str]:
+    """All modules by their dotted name inside the package; the package itself is ""."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return found
+
+
+SOURCES = sources()
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every absolute dotted name that is imported anywhere in a module, and every `torch.distributed` that is used."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import would be read wrongly below.
+            assert node.level == 0, f"line {node.lineno}: import by absolute name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
+
+
+def of_ours(source: str) -> set[str]:
+    """The modules of the package that a source imports; "" where it imports a name from the package itself."""
+    ours = {
+        name.removeprefix("sharded_adopt").lstrip(".") for name in imported(source) if within(name, "sharded_adopt")
+    }
+    return {max((module for module in SOURCES if within(name, module) or module == ""), key=len) for name in ours}
+
+
+def violations(name: str, source: str) -> list[str]:
+    """What the module `name` imports against the table."""
+    entries = [part for part in ALLOWED if within(name, part)]
+    if not entries:
+        return [f"{name} is not in the table: give it a place"]
+    allowed = ALLOWED[max(entries, key=len)]
+    wrong = [
+        f"{name} imports {module or 'the package itself'}"
+        for module in sorted(of_ours(source) - {name})
+        if not any(within(module, part) for part in allowed)
+        or (module == FACE and not any(within(name, part) for part in MAY_IMPORT_THE_FACE))
+    ]
+    distributed = any(within(module, "torch.distributed") for module in imported(source))
+    if distributed and not any(within(name, part) for part in TALK_TO_TORCH_DISTRIBUTED):
+        wrong.append(f"{name} uses torch.distributed")
+    return wrong
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
+    assert violations(name, SOURCES[name]) == []
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {name: of_ours(source) - {name} for name, source in SOURCES.items() if name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("clipping", "from sharded_adopt.kernels import reference", "clipping imports kernels.reference"),
+        ("kernels.new", "from sharded_adopt.adopt import ADOPT", "kernels.new imports adopt"),
+        ("checkpoint.new", "from sharded_adopt import ADOPT", "checkpoint.new imports the package itself"),
+        ("checkpoint.new", "import sharded_adopt.sharding.optimizer", "checkpoint.new imports sharding.optimizer"),
+        ("sharding.reducer", f"from sharded_adopt.{FACE} import ShardedADOPT", f"sharding.reducer imports {FACE}"),
+        ("sharding.plan", "import torch\ntorch.distributed.barrier()", "sharding.plan uses torch.distributed"),
+        ("sharding.plan", "def f():\n  from torch import distributed", "sharding.plan uses torch.distributed"),
+        ("newcomer", "", "newcomer is not in the table: give it a place"),
+    ],
+)
+def test_the_check_finds_what_it_is_for(name: str, source: str, found: str) -> None:
+    assert violations(name, source) == [found]
