@@ -1,0 +1,478 @@
+"""ADOPT as a `torch.optim.Optimizer`, and `adopt`, its functional form.
+
+    for each parameter, with its own `step` counted from 0 and g its gradient:
+        g  <- g + weight_decay * θ            if weight_decay and not decouple
+        if step == 0:  v <- g²; step <- 1; nothing else changes
+        θ  <- θ - lr * weight_decay * θ       if weight_decay and decouple
+        n  <- clamp(g / max(√v, eps), -c, c)  v of the step before, c = clip_lambda(step)
+        m  <- m + (1 - β1)(n - m);  θ <- θ - lr * m;  v <- β2 v + (1 - β2) g²;  step <- step + 1
+
+Source: Taniguchi et al., NeurIPS 2024, arXiv 2411.02853, in the form of the authors' package torch-adopt 0.1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from sharded_adopt import foreign, options
+from sharded_adopt.clipping import Clip, PowerClip, as_clip
+from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
+from sharded_adopt.kernels import Kernels, check_choice
+from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
+from sharded_adopt.options import StateDtype
+
+__all__ = ["ADOPT", "ADOPTW", "adopt", "has_nonzero", "has_nonzero_on_device"]
+
+
+class ADOPT(Optimizer):
+    """Adam that converges with any β2: v of the step before normalises the gradient, and momentum comes after.
+
+    The arguments are torch's, with these of its own:
+
+    * `betas`, `eps`: `eps` is a lower clamp of √v, it is not added.
+    * `clip_lambda`: the bound of the normalised gradient: a `PowerClip`, None, an exponent, `{"exponent": …, "scale":
+      …}`, or any callable of `step`. Only a callable is not saved in the state dict.
+    * `decouple`: decay the weights as AdamW does (`ADOPTW`); by default decay is added to the gradient, as the
+      authors do.
+    * `nesterov`: step along an average of `exp_avg` and the normalised gradient.
+    * `state_dtype`: a dtype, or a pair for (exp_avg, exp_avg_sq). None is the parameter's dtype, and fp32 for 16-bit
+      parameters. A 16-bit exp_avg_sq is rounded stochastically: to nearest it would never change at β2 = 0.9999.
+    * `init`: "parameter" starts a parameter at its first gradient, as the authors do. "element" starts each element
+      at its first gradient that is not zero: for embedding rows that are not in the first batch, and for zero-filled
+      gradients.
+    * `foreach`, `fused`: which kernel; None is the fastest that supports the call.
+
+    State of a parameter, made at the first `step()` in which it has a gradient: `step` (0-dim, fp32, on the CPU
+    unless capturable or fused), `exp_avg`, `exp_avg_sq` (its shape). A step in which every gradient is zero while
+    nothing has been stepped is taken for a library's dummy step: it makes the state and counts for nothing.
+
+    Raises `ValueError` that names the argument and the value for what cannot be.
+
+    >>> param = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = ADOPT([param], lr=0.1)
+    >>> for grad in (1.0, 2.0):
+    ...     param.grad = torch.tensor([grad])
+    ...     optimizer.step()
+    >>> round(param.item(), 6)
+    0.99
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over its scale instead of changing the gradients
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Sequence[float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        clip_lambda: Any = PowerClip(0.25),  # noqa: B008 - it is frozen
+        weight_decay: float = 0.0,
+        decouple: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        nesterov: bool = False,
+        state_dtype: StateDtype = None,
+        init: str = "parameter",
+    ) -> None:
+        # Where a 1-D parameter starts in the parameter that it was cut from, in elements; 0 for what is not listed.
+        self.element_starts: dict[Tensor, int] = {}
+        # False where somebody above (the sharded engine) decides over all ranks what a dummy step is.
+        self.guard_dummy_step = True
+        # The host knows of a parameter that has been stepped: there is no dummy step any more.
+        self._is_stepped = False
+        self._kernels = Kernels()
+        defaults = options.checked(
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "clip_lambda": clip_lambda,
+                "weight_decay": weight_decay,
+                "decouple": decouple,
+                "foreach": foreach,
+                "maximize": maximize,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+                "nesterov": nesterov,
+                "state_dtype": state_dtype,
+                "init": init,
+            }
+        )
+        super().__init__(params, defaults)
+        self.register_state_dict_post_hook(_pack_groups)
+
+    @classmethod
+    def from_adamw(cls, optimizer: Optimizer, **overrides: Any) -> ADOPT:
+        """Return an ADOPT that goes on where a torch Adam or AdamW stands. Not there yet."""
+        raise NotImplementedError("ADOPT.from_adamw is not implemented yet")
+
+    def stats(self) -> dict[str, Tensor]:
+        """Return figures of the last step as device scalars. Not there yet."""
+        raise NotImplementedError("ADOPT.stats is not implemented yet")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does. Its options are checked; a parameter that is in the optimizer already is named."""
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+            param_group.update(_checked({**self.defaults, **param_group}))
+            params = param_group["params"]
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            self._check_params(param_group)
+        super().add_param_group(param_group)  # refuses what is neither a dict nor ordered
+
+    def _check_params(self, param_group: dict[str, Any]) -> None:
+        seen = {id(param) for group in self.param_groups for param in group["params"]}
+        for index, entry in enumerate(param_group["params"]):
+            name, param = entry if isinstance(entry, tuple) else (f"number {index} of the group", entry)
+            if not isinstance(param, Tensor):
+                continue  # torch says what is wrong with it
+            options.state_dtypes(param, param_group["state_dtype"])
+            if id(param) in seen:
+                raise ValueError(
+                    f"parameter {name} (shape {tuple(param.shape)}) is in the optimizer already; list it once"
+                )
+            seen.add(id(param))
+
+    def init_state(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
+        """Make `state[param]` if it is not there, all zeros: `step`, `exp_avg`, `exp_avg_sq`. `group` saves a search."""
+        state = self.state[param]
+        if state:
+            return
+        if group is None:
+            group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        exp_avg_dtype, exp_avg_sq_dtype = options.state_dtypes(param, group["state_dtype"])
+        state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+        state["exp_avg"] = torch.zeros_like(param, dtype=exp_avg_dtype, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=exp_avg_sq_dtype, memory_format=torch.preserve_format)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; return what `closure`, called first with autograd on, returned.
+
+        `grad_scale` and `found_inf`, which `torch.amp.GradScaler` sets on the optimizer, are honoured. Raises
+        `RuntimeError` for a gradient that is not dense, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        calls: list[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]] = []
+        every_step: list[Tensor] = []
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_avg_sqs: list[Tensor] = []
+            steps: list[Tensor] = []
+            has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, every_step)
+            grads = [local_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
+            calls.append((group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, steps)))
+
+        found_inf = _scalar(self, "found_inf")
+        counts = self._counts([grad for _, _, lists in calls for grad in lists[1]], every_step, found_inf)
+        if counts is False:
+            return
+        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, steps) in calls:
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            adopt(
+                [local_tensor(param) for param in params],
+                grads,
+                [local_tensor(exp_avg) for exp_avg in exp_avgs],
+                [local_tensor(exp_avg_sq) for exp_avg_sq in exp_avg_sqs],
+                steps,
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                fused=group["fused"],
+                grad_scale=_scalar(self, "grad_scale"),
+                found_inf=found_inf,
+                has_complex=has_complex,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                clip_lambda=group["clip_lambda"],
+                weight_decay=group["weight_decay"],
+                decouple=group["decouple"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                nesterov=group["nesterov"],
+                init=group["init"],
+                offsets=self._offsets(params, exp_avg_sqs),
+                step_increment=None if counts is True else counts,
+                kernels=self._kernels,
+            )
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        every_step: list[Tensor],
+    ) -> bool:
+        """Fill the lists with what has a gradient, making its state, and `every_step` with all steps there are.
+
+        Returns whether a parameter is complex. torch.compile knows an optimizer's method of this name: it runs it as
+        it is instead of tracing it.
+        """
+        has_complex = False
+        for index, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is not None:
+                if grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"ADOPT needs dense gradients, that of parameter {_name(group, index)} is {grad.layout}; "
+                        "use sparse=False, or torch.optim.SparseAdam for this parameter"
+                    )
+                self.init_state(param, group)
+                state = self.state[param]
+                has_complex |= param.is_complex()
+                params.append(param)
+                grads.append(grad)
+                exp_avgs.append(state["exp_avg"])
+                exp_avg_sqs.append(state["exp_avg_sq"])
+                steps.append(state["step"])
+            if state := self.state.get(param):
+                every_step.append(state["step"])
+        return has_complex
+
+    def _counts(self, grads: list[Tensor], every_step: list[Tensor], found_inf: Tensor | None) -> bool | Tensor:
+        """Return whether this step counts, or is a library's dummy step on zero gradients.
+
+        That is a 0-dim tensor of 1.0 or 0.0 where capturable or compiled. Once the host knows of a parameter with
+        `step` above 0 nothing is looked at any more.
+        """
+        if self._is_stepped or not self.guard_dummy_step:
+            return True
+        all_params = [param for group in self.param_groups for param in group["params"]]
+        if torch.compiler.is_compiling() or any(group["capturable"] for group in self.param_groups):
+            device = local_tensor(all_params[0]).device
+            flag = has_nonzero_on_device([*grads, *every_step], device)
+            return any_over_meshes(flag, all_params).to(torch.float32)
+        counts = has_nonzero(grads) or has_nonzero(every_step)
+        if any(is_dtensor(param) for param in all_params):
+            counts = bool(any_over_meshes(torch.tensor(counts), all_params))
+        self._is_stepped = counts and (found_inf is None or not found_inf.item())
+        return counts
+
+    def _offsets(self, params: list[Tensor], exp_avg_sqs: list[Tensor]) -> list[int] | None:
+        """Where each parameter starts in the one that it was cut from; only stochastic rounding asks for it."""
+        if all(exp_avg_sq.itemsize > 2 for exp_avg_sq in exp_avg_sqs):
+            return None
+        return [self.element_starts.get(param, 0) + element_start(param) for param in params]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of the authors' ADOPT, timm's or pytorch_optimizer's.
+
+        The loaded options win over those constructed; what the dict does not hold stays. State keeps the dtype that
+        `state_dtype` gives (torch would cast it to the parameter's), and is copied. Raises `ValueError`, with nothing
+        changed, where the dict does not fit or holds what cannot be carried over.
+        """
+        # Registered last, so that the user's own hooks have seen and adapted the dict before.
+        handle = self.register_load_state_dict_pre_hook(_unpack)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"element_starts": self.element_starts, "guard_dummy_step": self.guard_dummy_step}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over an unpickled state, or a loaded one: `torch.optim.Optimizer.load_state_dict` ends here."""
+        for group in state["param_groups"]:
+            for index, param in enumerate(group["params"]):
+                kept = state["state"].get(param)
+                if isinstance(kept, _Kept):
+                    state["state"][param] = _fitted(kept.values, param, group, _name(group, index))
+        for key, kept in state["state"].items():
+            if isinstance(kept, _Kept):
+                state["state"][key] = kept.values
+        super().__setstate__(state)
+        if "_is_stepped" not in self.__dict__:  # new from a pickle or a deepcopy, which carry no hooks
+            self.register_state_dict_post_hook(_pack_groups)
+            self._kernels = Kernels()
+        self._is_stepped = has_nonzero(s["step"] for p, s in self.state.items() if isinstance(p, Tensor) and s)
+
+
+class ADOPTW(ADOPT):
+    """ADOPT with the weight decay of AdamW: decoupled from the gradient, 0.01 unless given."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Sequence[float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        clip_lambda: Any = PowerClip(0.25),  # noqa: B008 - it is frozen
+        weight_decay: float = 1e-2,
+        decouple: bool = True,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, clip_lambda, weight_decay, decouple, **keywords)
+
+
+class _Kept:
+    """One parameter's loaded state, hidden from torch, which would cast it to the parameter's dtype."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+
+def _checked(group: dict[str, Any]) -> dict[str, Any]:
+    values = options.checked(group)
+    check_choice(foreach=values["foreach"], fused=values["fused"], differentiable=values["differentiable"])
+    return values
+
+
+def _pack_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Post hook of `state_dict`: leave plain data in the groups."""
+    state_dict["param_groups"] = [options.to_data(group) for group in state_dict["param_groups"]]
+
+
+def _unpack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Pre hook of `load_state_dict`: translate, check, and hide the state from torch's casts."""
+    state_dict = foreign.translate(state_dict)
+    groups = state_dict["param_groups"]
+    if len(groups) == len(optimizer.param_groups):  # torch says it where not
+        groups = [options.from_data(new, old) for new, old in zip(groups, optimizer.param_groups, strict=True)]
+        for group in groups:
+            _checked(group)
+    state = {key: _Kept(values) if isinstance(values, dict) else values for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _fitted(values: dict[str, Any], param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a copy of a parameter's loaded state in the dtypes and on the device that `init_state` would have used."""
+    if not values:
+        return {}
+    fitted = dict(values)
+    for key, dtype in zip(("exp_avg", "exp_avg_sq"), options.state_dtypes(param, group["state_dtype"]), strict=True):
+        value = values.get(key)
+        if not isinstance(value, Tensor) or value.shape != param.shape or value.is_complex() != param.is_complex():
+            expected = f"a {'complex' if param.is_complex() else 'real'} tensor of shape {tuple(param.shape)}"
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"state of parameter {name}: {key} must be {expected}, the state dict holds {found}")
+        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
+    if "step" not in values:
+        raise ValueError(f"state of parameter {name}: the state dict holds no step, only {sorted(values)}")
+    step = torch.as_tensor(values["step"]).detach().reshape(())
+    fitted["step"] = step.to(device=_step_device(param, group), dtype=torch.float32, copy=True)
+    return fitted
+
+
+def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    """On the CPU a step can be read at no cost; a kernel that may not read it needs it beside the parameter."""
+    return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    """What to call a parameter in an error: its name if it has one, else its place and shape."""
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    return f"number {index} of its group (shape {tuple(group['params'][index].shape)})"
+
+
+def _scalar(optimizer: Optimizer, name: str) -> Tensor | None:
+    """`grad_scale` or `found_inf` as GradScaler leaves it on the optimizer; without any gradient it is a plain 0."""
+    value = getattr(optimizer, name, None)
+    return value if isinstance(value, Tensor) or value is None else torch.tensor(float(value))
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View complex tensors as real ones with a last dimension of 2, others as they are."""
+    return [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors]
+
+
+def adopt(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    foreach: bool | None = None,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    has_complex: bool = False,
+    *,
+    beta1: float,
+    beta2: float,
+    lr: float | Tensor,
+    clip_lambda: Any,
+    weight_decay: float,
+    decouple: bool,
+    eps: float,
+    maximize: bool,
+    nesterov: bool = False,
+    init: str = "parameter",
+    offsets: Sequence[int] | None = None,
+    step_increment: Tensor | None = None,
+    kernels: Kernels | None = None,
+) -> None:
+    """Update lists of parameters and their state in place; the functional form of `ADOPT`, under `torch.no_grad()`.
+
+    The lists run in parallel; a parameter, its gradient, exp_avg and exp_avg_sq share a shape, each of `state_steps`
+    is a 0-dim tensor. `grads` are only read. `offsets[i]` is the index of the first element of `params[i]` in the
+    parameter that it was cut from. `step_increment` (0-dim) is added to the steps in place of 1. `has_complex` may be
+    left out. `kernels` keeps what a fused kernel prepared for these lists for the next call. See `ADOPT` for the rest.
+    """
+    lengths = [len(each) for each in (params, grads, exp_avgs, exp_avg_sqs, state_steps)]
+    if len({*lengths, len(params if offsets is None else offsets)}) > 1:
+        raise ValueError(f"the lists must have one entry a parameter, got {lengths} and offsets={offsets}")
+    if not all(isinstance(step, Tensor) for step in state_steps):
+        raise ValueError("state_steps must hold 0-dim tensors, they are advanced in place")
+    if init not in options.INITS:
+        raise ValueError(f"init must be one of {options.INITS}, got {init!r}")
+    clip: Clip | None = as_clip(clip_lambda)
+    if has_complex or any(param.is_complex() for param in params):
+        params, grads, exp_avgs, exp_avg_sqs = map(_as_real, (params, grads, exp_avgs, exp_avg_sqs))
+    kernel = (kernels or Kernels()).select(
+        params, grads, exp_avgs, exp_avg_sqs, foreach=foreach, fused=fused, differentiable=differentiable
+    )
+    kernel(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        state_steps,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        clip_lambda=clip,
+        weight_decay=weight_decay,
+        decouple=decouple,
+        eps=eps,
+        maximize=maximize,
+        nesterov=nesterov,
+        init=init,
+        capturable=capturable,
+        differentiable=differentiable,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        offsets=offsets,
+        step_increment=step_increment,
+    )
