@@ -144,7 +144,7 @@ class ADOPT(Optimizer):
             seen.add(id(param))
 
     def init_state(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
-        """Make `state[param]` if it is not there, all zeros: `step`, `exp_avg`, `exp_avg_sq`. `group` saves a search."""
+        """Make `state[param]` where it is missing, all 0: `step`, `exp_avg`, `exp_avg_sq`; `group` saves a search."""
         state = self.state[param]
         if state:
             return

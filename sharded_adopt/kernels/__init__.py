@@ -50,8 +50,10 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FusedKernel:
-    """How to get a fused kernel: `make()` gives one for one owner of lists, which may remember what it prepared for them;
-    `supports(params, grads, exp_avgs, exp_avg_sqs)` tells, cheaply, whether it can run on these.
+    """How to get a fused kernel.
+
+    `make()` gives one for one owner of lists; it may remember what it prepared for them. `supports(params, grads,
+    exp_avgs, exp_avg_sqs)` tells, cheaply, whether it can run on these.
     """
 
     make: Callable[[], Kernel]
@@ -62,13 +64,13 @@ _fused: FusedKernel | None = None
 
 
 def register_fused(fused: FusedKernel | None) -> None:
-    """Make `fused` what `fused=True` runs and what is preferred where nothing is asked for; None takes it away again."""
+    """Make `fused` what `fused=True` runs and what is preferred where nothing is asked for; None takes it away."""
     global _fused
     _fused = fused
 
 
 def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
-    """Refuse what no kernel can do: `ValueError` for contradictions, `NotImplementedError` for a kernel that is missing."""
+    """Refuse what no kernel can do: `ValueError` for contradictions, `NotImplementedError` for a missing kernel."""
     if foreach and fused:
         raise ValueError("foreach=True and fused=True exclude each other; give one of them, or neither for the fastest")
     for name, value in (("foreach", foreach), ("fused", fused)):
