@@ -97,7 +97,10 @@ class FlatShard(Tensor):
     # --- what torch.distributed.checkpoint asks of a tensor (torch/distributed/_checkpointable.py) ------------------
 
     def _memory_boxes(self) -> list[Box]:
-        memory_shape = [self.shape[dim] for dim in self._dim_order]
+        memory_shape = tuple(self.shape[dim] for dim in self._dim_order)
+        if self.numel() == 0:
+            # A tensor without elements must still be in the checkpoint: every rank writes the whole of it.
+            return [Box((0,) * len(memory_shape), memory_shape, 0, 0)]
         return list(boxes(memory_shape, self._start, self._start + self._local.numel()))
 
     def _logical(self, of_memory: tuple[int, ...]) -> torch.Size:

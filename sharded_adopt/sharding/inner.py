@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from sharded_adopt import foreign
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.sharding.buckets import BucketBuffer
 from sharded_adopt.sharding.groups import Group
@@ -124,6 +125,10 @@ class InnerOptimizer:
         """The groups as the optimizer's own `state_dict()` writes them, without parameters."""
         groups = self.optimizer.state_dict()["param_groups"]
         return [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
+
+    def translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of another class for the same rule in this optimizer's own words."""
+        return foreign.translate(state_dict) if isinstance(self.optimizer, ADOPT) else state_dict
 
     def load_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take groups in the form of `plain_groups`, by the optimizer's own `load_state_dict`; its state stays."""
