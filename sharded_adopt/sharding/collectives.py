@@ -46,9 +46,10 @@ class Collectives:
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float | None = None) -> None:
         self.process_group = process_group
-        self.timeout = timeout
+        self._timedelta = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._data: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
+        self._abandoned: list[dist.ProcessGroup] = []
         self._is_gloo = True
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             self.rank, self.world_size = 0, 1
@@ -64,26 +65,50 @@ class Collectives:
     def _open(self) -> None:
         if self.world_size == 1:
             return
-        timeout = None if self.timeout is None else datetime.timedelta(seconds=self.timeout)
         backend = dist.get_backend(self.process_group)
         self._is_gloo = backend == "gloo"
-        # Only the members call, also where the ranks are some of many.
-        make: Callable[..., Any] = dist.new_group
-        options = {"timeout": timeout, "use_local_synchronization": True}
-        self._data = make(self.global_ranks, backend=backend, group_desc="sharded_adopt data", **options)
-        self._control = make(self.global_ranks, backend="gloo", group_desc="sharded_adopt control", **options)
+        self._data = self._new_group(backend, "sharded_adopt data")
+        self._control = self._new_group("gloo", "sharded_adopt control")
+
+    def _new_group(self, backend: str, description: str) -> dist.ProcessGroup:
+        make: Callable[..., dist.ProcessGroup] = dist.new_group
+        if self.world_size == dist.get_world_size():
+            group = make(self.global_ranks, backend=backend, group_desc=description)
+        else:
+            self._require_equal_group_counts()
+            # Only the members call, and the others know nothing of it.
+            group = make(self.global_ranks, backend=backend, group_desc=description, use_local_synchronization=True)
+        if self._timedelta is not None:
+            # Not at creation: ranks may come to it minutes apart, when one has loaded its data and another has not.
+            dist.distributed_c10d._set_pg_timeout(self._timedelta, group)
+        return group
+
+    def _require_equal_group_counts(self) -> None:
+        """torch names a group of some ranks after the number of groups that a rank is in: unequal ones never meet."""
+        count = torch.tensor([len(dist.distributed_c10d._world.pg_names)])
+        device = torch.device("cpu" if self._is_gloo else "cuda")
+        counts = [torch.empty_like(count, device=device) for _ in range(self.world_size)]
+        dist.all_gather(counts, count.to(device), group=self.process_group)
+        if len({int(one) for one in counts}) > 1:
+            raise ValueError(
+                f"the ranks of this process group are members of {[int(one) for one in counts]} groups, and torch "
+                "cannot make a new group of such ranks: give every rank the same number of groups"
+            )
 
     def reopen(self) -> None:
         """Replace both groups by new ones after an error: what was under way on the old ones is dropped. Collective."""
-        self.close()
+        # Not destroyed before close(): torch would give their names, and with them their old addresses, to the new
+        # ones.
+        self._abandoned += [group for group in (self._data, self._control) if group is not None]
         self._open()
 
     def close(self) -> None:
-        """Give both groups back; nothing can be sent afterwards. Not a collective."""
-        for group in (self._data, self._control):
+        """Give all groups back; nothing can be sent afterwards. Not a collective."""
+        for group in (self._data, self._control, *self._abandoned):
             if group is not None:
                 dist.destroy_process_group(group)
         self._data = self._control = None
+        self._abandoned.clear()
 
     # --- tensors of the size of a bucket ---------------------------------------------------------------------------
 
@@ -101,7 +126,7 @@ class Collectives:
         shard = self._slices(buffer)[self.rank]
         # NCCL sums into its output, which may be a slice of its input.
         work = dist.reduce_scatter_tensor(shard, buffer, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
-        return _Works([work])
+        return _Works([work], self._timedelta)
 
     def all_gather_(self, buffer: Tensor, tag: int) -> Pending:
         """Start to fill `buffer` (1-D, `world_size` equal slices) with every rank's own slice of it, in place."""
@@ -110,7 +135,7 @@ class Collectives:
         if self._is_gloo:
             return _SlicesInPlace(self, buffer, tag)
         work = dist.all_gather_into_tensor(buffer, self._slices(buffer)[self.rank], group=self._data, async_op=True)
-        return _Works([work])
+        return _Works([work], self._timedelta)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite `tensor` (contiguous) by that of the first rank."""
@@ -222,16 +247,20 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 class _Works:
     """torch's handles of operations under way."""
 
-    def __init__(self, works: list[Any]) -> None:
+    def __init__(self, works: list[Any], timeout: datetime.timedelta | None) -> None:
         self._works = works
+        self._timeout = timeout
 
     def wait(self) -> None:
         while self._works:
-            self._works[-1].wait()
+            # Said here: gloo's point-to-point messages do not know of a timeout that was set after their group was
+            # made.
+            work = self._works[-1]
+            work.wait() if self._timeout is None else work.wait(self._timeout)
             self._works.pop()
 
 
-_DONE = _Works([])
+_DONE = _Works([], None)
 
 
 def _exchange(group: Collectives, tag: int, sent: Callable[[int], Tensor], received: Callable[[int], Tensor]) -> _Works:
@@ -245,7 +274,7 @@ def _exchange(group: Collectives, tag: int, sent: Callable[[int], Tensor], recei
         target, source = (own + distance) % size, (own - distance) % size
         works.append(dist.irecv(received(source), group.global_ranks[source], group=group._data, tag=tag))
         works.append(dist.isend(sent(target), group.global_ranks[target], group=group._data, tag=tag))
-    return _Works(works)
+    return _Works(works, group._timedelta)
 
 
 class _SlicesInPlace:

@@ -114,6 +114,10 @@ class InnerOptimizer:
         """Open a group without parameters. Raises, with nothing changed, for values that the optimizer refuses."""
         self.optimizer.add_param_group({"params": [], **options})
 
+    def drop_groups(self, first: int) -> None:
+        """Forget the groups from number `first` on, which have no parameters yet."""
+        del self.optimizer.param_groups[first:]
+
     def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take over every value of the user's groups but the parameters: schedulers and users write there."""
         for own, theirs in zip(self.optimizer.param_groups, groups, strict=True):

@@ -129,27 +129,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._verdict: Verdict | None = None
         # Until something has been stepped, a step in which every gradient is zero may be a host's dummy.
         self._nothing_stepped = self._inner.guards_dummy_step
+        self._take_over(groups, self._agreed_layout(groups))
         self._built = True
-        self._take_over(groups)
         if module is not None and reduce_gradients:
             for buffer in module.buffers():
                 self._collectives.broadcast_(buffer)
 
-    def _take_over(self, groups: Sequence[Group]) -> None:
-        """Lay out, bind and make state for groups that are in `param_groups` already. Collective."""
-        known = self._parameters.layout
+    def _agreed_layout(self, groups: Sequence[Group]) -> Layout:
+        """Lay out groups that are in `param_groups` already, the same on every rank. Collective."""
         first_group = len(self.param_groups) - len(groups)
-        layout = known.extended(param_specs(groups, first_group), self._bucket_cap_nbytes)
+        layout = self.layout.extended(param_specs(groups, first_group), self._bucket_cap_nbytes)
         require_same_layout(self._collectives, layout, [comparable(group) for group in self.param_groups])
+        return layout
+
+    def _take_over(self, groups: Sequence[Group], layout: Layout) -> None:
+        """Bind the parameters of `groups`, the last of `layout`, and make their state. Collective."""
+        known, first_group = len(self._parameters.tensors), len(self.param_groups) - len(groups)
         tensors = [tensor for group in groups for tensor in group.params]
         self._parameters.add(layout, tensors, with_grads=self._reduces, broadcast=self._reduces)
         self._gradients.add(layout, self._parameters.tensors, self._parameters.buffers)
-        segments = iter(self._parameters.segments[len(known.params) :])
+        segments = iter(self._parameters.segments[known:])
         for number, group in enumerate(groups, start=first_group):
             self._inner.set_params(number, [next(segments) for _ in group.params])
         self._inner.set_groups(self.param_groups)
-        places = layout.segments(self._collectives.rank)[len(known.params) :]
-        self._inner.make_state(places, self._parameters.segments[len(known.params) :], self._parameters.buffers)
+        places = layout.segments(self._collectives.rank)[known:]
+        self._inner.make_state(places, self._parameters.segments[known:], self._parameters.buffers)
         self._state = ShardedState(self._collectives, self._inner, layout, self._parameters.segments)
         self._mirror_state()
 
@@ -258,14 +262,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, tensor in zip(groups[0].names, groups[0].params, strict=True):
                 if id(tensor) in known:
                     raise ValueError(f"parameter {name!r} is in this optimizer already, as {known[id(tensor)]!r}")
-            self.layout.extended(param_specs(groups, before), self._bucket_cap_nbytes)
             super().add_param_group(groups[0].as_param_group())
             self._inner.add_group(groups[0].options)
         except Exception as caught:
-            del self.param_groups[before:]
             error = caught
-        self._collectives.raise_together(error)
-        self._take_over(groups)
+        try:
+            self._collectives.raise_together(error)
+            layout = self._agreed_layout(groups)
+        except Exception:
+            del self.param_groups[before:]
+            self._inner.drop_groups(before)
+            raise
+        self._take_over(groups, layout)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
