@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch.nn import Parameter
 
 from sharded_adopt.clipping import Clip
 from sharded_adopt.kernels.foreach import adopt_foreach_
+from sharded_adopt.kernels.fused import FusedAdopt, is_available, supports, why_unavailable
 from sharded_adopt.kernels.reference import adopt_reference_
 
-__all__ = ["FusedKernel", "Kernel", "Kernels", "check_choice", "register_fused"]
+__all__ = ["Kernel", "Kernels", "check_choice"]
 
 
 class Kernel(Protocol):
@@ -48,29 +50,8 @@ class Kernel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class FusedKernel:
-    """How to get a fused kernel.
-
-    `make()` gives one for one owner of lists; it may remember what it prepared for them. `supports(params, grads,
-    exp_avgs, exp_avg_sqs)` tells, cheaply, whether it can run on these.
-    """
-
-    make: Callable[[], Kernel]
-    supports: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], bool]
-
-
-_fused: FusedKernel | None = None
-
-
-def register_fused(fused: FusedKernel | None) -> None:
-    """Make `fused` what `fused=True` runs and what is preferred where nothing is asked for; None takes it away."""
-    global _fused
-    _fused = fused
-
-
 def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
-    """Refuse what no kernel can do: `ValueError` for contradictions, `NotImplementedError` for a missing kernel."""
+    """Refuse what no kernel can do: `ValueError` for contradictions, and for `fused=True` where none is to be had."""
     if foreach and fused:
         raise ValueError("foreach=True and fused=True exclude each other; give one of them, or neither for the fastest")
     for name, value in (("foreach", foreach), ("fused", fused)):
@@ -78,17 +59,15 @@ def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bo
             raise ValueError(
                 f"{name}=True and differentiable=True exclude each other; only single tensors have autograd"
             )
-    if fused and _fused is None:
-        raise NotImplementedError(
-            "fused=True: this build has no fused ADOPT kernel; leave fused out for the fastest one"
-        )
+    if fused and not is_available():
+        raise ValueError(f"fused=True: {why_unavailable()}; leave fused out for the fastest kernel there is")
 
 
 class Kernels:
     """The choice of kernels for one owner of lists: an optimizer, or one call of `adopt`."""
 
     def __init__(self) -> None:
-        self._made: tuple[FusedKernel, Kernel] | None = None
+        self._fused = FusedAdopt()
 
     def select(
         self,
@@ -105,17 +84,22 @@ class Kernels:
 
         That is the fused kernel, then foreach (measured faster than the reference on a CPU as well: its blocks stay
         in the cache), then the reference for what only single tensors can do: autograd through the step, tensor
-        subclasses.
+        subclasses. The first time that the fused kernel is wanted and missing, the log says so.
         """
         check_choice(foreach=foreach, fused=fused, differentiable=differentiable)
         if fused or (fused is None and foreach is None and not differentiable):
-            if _fused is not None and _fused.supports(params, grads, exp_avgs, exp_avg_sqs):
-                if self._made is None or self._made[0] is not _fused:
-                    self._made = (_fused, _fused.make())
-                return self._made[1]
+            if supports(params, grads):
+                return self._fused
             if fused:
                 kinds = {tuple(f"{t.device.type} {t.dtype}" for t in row) for row in zip(params, grads, strict=True)}
                 raise ValueError(f"fused=True does not support these (parameter, gradient): {sorted(kinds)}")
+            if not is_available():
+                _say_once(f"ADOPT runs its foreach kernel instead of the fused one: {why_unavailable()}")
         if foreach is None:
             foreach = not differentiable and all(type(param) in (Tensor, Parameter) for param in params)
         return adopt_foreach_ if foreach else adopt_reference_
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
