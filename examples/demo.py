@@ -25,13 +25,15 @@ SCRIPT = Path(__file__).with_name("pretrain.py")
 
 def main() -> None:
     """Run the demo as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="All other arguments go to pretrain.py."
+    )
     parser.add_argument("--directory", type=Path, default=Path("runs/demo"), help="emptied first")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--kill-after", type=int, default=115, help="step after which the job is killed")
     parser.add_argument("--ranks", type=int, nargs=2, default=(2, 3), help="world size before and after the kill")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
     if not args.save_every < args.kill_after < args.steps or args.kill_after % args.save_every == 0:
         parser.error("--kill-after must lie between two checkpoints: after the first, before the last step")
 
@@ -41,6 +43,7 @@ def main() -> None:
             parser.error(f"{directory} holds something else than a demo; it is not emptied")
         shutil.rmtree(directory)
     arguments = ["--steps", str(args.steps), "--save-every", str(args.save_every), "--checkpoint-dir", str(directory)]
+    arguments += others
     before, after = args.ranks
 
     say(f"torchrun --nproc-per-node {before} examples/pretrain.py {' '.join(arguments)}")
@@ -103,7 +106,7 @@ def report(directory: Path, steps: int, before: int, after: int) -> None:
             ("final loss (mean of the last 10 steps)", f"{summary['final_loss']:.4f}"),
             ("killed after step / resumed from step", f"{lost[-1]['step']} / {resumed}"),
             ("ranks before / after", f"{before} / {after}"),
-            (f"lost steps, taken again on {after} ranks: largest difference in loss", f"{difference:.1e}"),
+            ("lost steps, taken again: largest loss difference", f"{difference:.1e}"),
             ("optimizer state, unsharded", size(summary["state_nbytes_unsharded"])),
             ("optimizer state, a rank", f"{size(summary['state_nbytes_rank'])} ({share:.1%})"),
             ("checkpoint", f"{size(summary['checkpoint_nbytes'])}, saved in {summary['save_seconds']:.3f} s"),
@@ -141,12 +144,12 @@ def draw(
     axes.set_ylabel("loss over the global batch (nats a byte)")
     axes.set_xlim(0, len(history))
     axes.legend(frameon=False)
-    axes.set_title(f"Killed on {before} ranks, resumed on {after}: one curve", loc="left", fontweight="bold")
+    axes.set_title(f"Byte-level GPT: killed on {before} ranks, resumed on {after}", loc="left", fontweight="bold")
     margin = max(3, len(lost) // 2)
     window = [line["loss"] for line in history + lost if resumed - margin <= line["step"] <= killed + margin]
     close.set_xlim(resumed - margin, killed + margin)
     close.set_ylim(min(window) - 0.05, max(window) + 0.05)
-    close.set_title("The same, near the kill", loc="left")
+    close.set_title("Near the kill", loc="left")
     figure.savefig(picture, dpi=130)
     plt.close(figure)
 

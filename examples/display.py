@@ -76,7 +76,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print a table of two columns to stdout."""
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     table.add_column(no_wrap=True)
-    table.add_column(justify="right", overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console().print(table, highlight=False)

@@ -63,7 +63,7 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         deadline = time.monotonic() + 10
-        while any(_alive(pid) for pid in doomed[1:]):
+        while any(alive(pid) for pid in doomed[1:]):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"some of {doomed} are still alive 10 s after SIGKILL")
             time.sleep(0.01)
@@ -96,7 +96,7 @@ def _parents() -> list[tuple[int, int]]:
     return found
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Say whether `pid` still runs; a zombie waiting for its new parent to notice does not."""
     try:
         if Path("/proc/self/stat").exists():

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +217,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     print_table(f"{summary['steps']} steps, world size {summary['world_size']}", rows)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; the same on every rank."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read `arguments`, by default those of the command line; the same on every rank."""
     parser = argparse.ArgumentParser(
         description="Train a small byte-level GPT with a sharded optimizer, resuming from --checkpoint-dir.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -228,7 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=positive, default=50, help="updates between two checkpoints")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE", help="text instead of Python's")
     parser.add_argument("--optimizer", choices=("adopt", "adamw"), default="adopt", help="sharded either way")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=20, help="updates until the highest learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="decoupled, of weights and embeddings")
     parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the whole gradient")
@@ -238,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     for field, what in (("layers", "blocks"), ("heads", "a block"), ("width", "elements"), ("context", "bytes")):
         parser.add_argument(f"--{field}", type=positive, default=getattr(GPTConfig, field, None), help=what)
     parser.add_argument("--dropout", type=float, default=0.0, help="probability")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def positive(text: str) -> int:
