@@ -15,10 +15,10 @@ from sharded_adopt.checkpoint.errors import (
     CheckpointWriteError,
 )
 from sharded_adopt.checkpoint.later import AsyncSaver, export, reshard
-from sharded_adopt.checkpoint.load import Loaded, load
+from sharded_adopt.checkpoint.loading import Loaded, load
 from sharded_adopt.checkpoint.retention import Keep, prune
 from sharded_adopt.checkpoint.root import committed, latest
-from sharded_adopt.checkpoint.save import Saved, save
+from sharded_adopt.checkpoint.saving import Saved, save
 from sharded_adopt.checkpoint.single import inspect, verify
 
 __all__ = [
