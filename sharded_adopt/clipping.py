@@ -75,20 +75,27 @@ def as_clip(value: Any) -> Clip | None:
     if value is None or isinstance(value, PowerClip):
         return value
     if is_number(value):
-        return PowerClip(float(value))
+        return _clip_of({"exponent": value})
     if isinstance(value, Mapping):
         if "exponent" not in value or not set(value) <= {"exponent", "scale"}:
             raise ValueError(
                 f"clip_lambda: a mapping must hold 'exponent' and may hold 'scale', got {dict(value)!r}; "
                 'write {"exponent": 0.25, "scale": 1.0}'
             )
-        return PowerClip(**value)
+        return _clip_of(value)
     if callable(value):
         clip: Clip = value
         return clip
     raise ValueError(
         f"clip_lambda must be a PowerClip, None, an exponent (0.25 for step ** 0.25) or a callable, got {value!r}"
     )
+
+
+def _clip_of(fields: Mapping[str, Any]) -> PowerClip:
+    try:
+        return PowerClip(**fields)
+    except ValueError as error:
+        raise ValueError(f"clip_lambda: {error}") from None
 
 
 def clip_to_data(clip: Clip | None) -> dict[str, Any] | None:
