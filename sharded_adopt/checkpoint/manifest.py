@@ -182,7 +182,7 @@ def _manifest(fields: Fields) -> Manifest:
         params=fields.list("params", StoredParam.from_json),
         groups=fields.list("groups", StoredGroup.from_json),
         model_tensors=model.list("tensors", StoredTensor.from_json),
-        model_values=from_plain(model.object("values")),
+        model_values=model.plain("values"),
         extra=from_plain(fields.any("extra")),
         files=files,
     )

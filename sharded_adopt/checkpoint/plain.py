@@ -55,13 +55,15 @@ def to_plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def from_plain(value: Any, depth: int = 0) -> Any:
-    """The inverse of `to_plain`, on what a JSON reader gives. Raises `ValueError` for nesting that it never makes."""
+    """The inverse of `to_plain`, on what a JSON reader gives. Raises `ValueError` for what that never makes."""
     if depth > _DEEPEST_READ:
         raise ValueError(f"a value is nested more than {_DEEPEST_READ} levels deep")
     if isinstance(value, list):
         return [from_plain(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        if set(value) == {_FLOAT} and isinstance(value[_FLOAT], str) and value[_FLOAT] in _NONFINITE:
+        if set(value) == {_FLOAT}:
+            if not isinstance(value[_FLOAT], str) or value[_FLOAT] not in _NONFINITE:
+                raise ValueError(f"{_kind(value[_FLOAT])} stands where 'inf', '-inf' or 'nan' must")
             return _NONFINITE[value[_FLOAT]]
         return {key: from_plain(item, depth + 1) for key, item in value.items()}
     return value
@@ -134,6 +136,13 @@ class Fields:
     def object(self, key: str) -> dict[str, Any]:
         """A JSON object."""
         found: dict[str, Any] = self._get(key, dict)
+        return found
+
+    def plain(self, key: str) -> dict[str, Any]:
+        """An object as `to_plain` writes it."""
+        found = from_plain(self.object(key))
+        if not isinstance(found, dict):
+            raise ValueError(f"{self._where}: {key!r} must be an object, got {_kind(found)}")
         return found
 
     def list(self, key: str, make: Callable[[Any, str], T]) -> tuple[T, ...]:

@@ -97,7 +97,7 @@ class StoredGroup:
     def from_json(cls, value: Any, where: str) -> StoredGroup:
         """The inverse of `to_json`."""
         fields = Fields(value, where)
-        hyperparameters: dict[str, Any] = from_plain(fields.object("hyperparameters"))
+        hyperparameters = fields.plain("hyperparameters")
         if "params" in hyperparameters:
             raise ValueError(f"{where}: a hyperparameter may not be called 'params'")
         return cls(fields.list("params", _name), hyperparameters)

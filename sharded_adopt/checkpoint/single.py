@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from sharded_adopt.checkpoint.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
+from sharded_adopt.checkpoint.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+)
 from sharded_adopt.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_of, parse_manifest
 from sharded_adopt.checkpoint.plain import from_plain
 from sharded_adopt.checkpoint.root import absolute, list_entries, parse_name
@@ -28,11 +33,15 @@ class Candidate(NamedTuple):
 
 def find_candidates(path: Path) -> list[Candidate]:
     """The checkpoint at `path`, or those in it, oldest first. Raises `CheckpointNotFound` where there is none."""
-    if path.is_dir() and (parse_name(path.name) or (path / MANIFEST_NAME).exists()):
-        return [Candidate(None)]
+    try:
+        if path.is_dir() and (parse_name(path.name) or (path / MANIFEST_NAME).exists()):
+            return [Candidate(None)]
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     found = [Candidate(entry.name) for entry in list_entries(path)]
     if not found:
-        where = "the directory does not exist" if not path.exists() else "the directory holds none"
+        where = "the directory holds none" if exists else "the directory does not exist"
         raise CheckpointNotFound(f"there is no checkpoint in {path}: {where}")
     return found
 
