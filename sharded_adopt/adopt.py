@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sharded_adopt import foreign, options
-from sharded_adopt.clipping import Clip, PowerClip, as_clip
+from sharded_adopt.clipping import PowerClip, as_clip
 from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
+from sharded_adopt.gathering import Gathered, Memory
 from sharded_adopt.kernels import Kernels, check_choice
 from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
 from sharded_adopt.options import StateDtype
@@ -91,6 +92,7 @@ class ADOPT(Optimizer):
         # The host knows of a parameter that has been stepped: there is no dummy step any more.
         self._is_stepped = False
         self._kernels = Kernels()
+        self._memory: Memory | None = None
         defaults = options.checked(
             {
                 "lr": lr,
@@ -170,7 +172,51 @@ class ADOPT(Optimizer):
         return loss
 
     def _update(self) -> None:
-        calls: list[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]] = []
+        found_inf = _scalar(self, "found_inf")
+        calls, every_step = self._gather()
+        counts = self._counts(calls, every_step, found_inf)
+        if counts is False:
+            return
+        for call in calls:
+            if not call.params:
+                continue
+            group = call.group
+            beta1, beta2 = group["betas"]
+            _run(
+                self._kernels,
+                call.params,
+                call.grads,
+                call.exp_avgs,
+                call.exp_avg_sqs,
+                call.steps,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                has_complex=call.has_complex,
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                grad_scale=_scalar(self, "grad_scale"),
+                found_inf=found_inf,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                clip_lambda=as_clip(group["clip_lambda"]),
+                weight_decay=group["weight_decay"],
+                decouple=group["decouple"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                nesterov=group["nesterov"],
+                init=group["init"],
+                offsets=call.offsets,
+                step_increment=None if counts is True else counts,
+            )
+
+    def _gather(self) -> tuple[list[Gathered], list[Tensor]]:
+        """Return what there is to update, one call a group, and the steps of all parameters that have state."""
+        if self._memory is not None and self._is_stepped and not torch.compiler.is_compiling():
+            remembered = self._memory.again(self.param_groups, self.state)
+            if remembered is not None:
+                return remembered, []  # nobody asks for the steps once a parameter has been stepped
+        calls: list[Gathered] = []
         every_step: list[Tensor] = []
         for group in self.param_groups:
             params: list[Tensor] = []
@@ -179,44 +225,15 @@ class ADOPT(Optimizer):
             exp_avg_sqs: list[Tensor] = []
             steps: list[Tensor] = []
             has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, every_step)
+            offsets = self._offsets(params, exp_avg_sqs)
             grads = [local_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
-            calls.append((group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, steps)))
-
-        found_inf = _scalar(self, "found_inf")
-        counts = self._counts([grad for _, _, lists in calls for grad in lists[1]], every_step, found_inf)
-        if counts is False:
-            return
-        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, steps) in calls:
-            if not params:
-                continue
-            beta1, beta2 = group["betas"]
-            adopt(
-                [local_tensor(param) for param in params],
-                grads,
-                [local_tensor(exp_avg) for exp_avg in exp_avgs],
-                [local_tensor(exp_avg_sq) for exp_avg_sq in exp_avg_sqs],
-                steps,
-                foreach=group["foreach"],
-                capturable=group["capturable"],
-                differentiable=group["differentiable"],
-                fused=group["fused"],
-                grad_scale=_scalar(self, "grad_scale"),
-                found_inf=found_inf,
-                has_complex=has_complex,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                clip_lambda=group["clip_lambda"],
-                weight_decay=group["weight_decay"],
-                decouple=group["decouple"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                nesterov=group["nesterov"],
-                init=group["init"],
-                offsets=self._offsets(params, exp_avg_sqs),
-                step_increment=None if counts is True else counts,
-                kernels=self._kernels,
+            params, exp_avgs, exp_avg_sqs = (
+                [local_tensor(t) for t in each] for each in (params, exp_avgs, exp_avg_sqs)
             )
+            calls.append(Gathered(group, params, grads, exp_avgs, exp_avg_sqs, steps, has_complex, offsets))
+        if not torch.compiler.is_compiling():
+            self._memory = Memory.of(calls, self.state)
+        return calls, every_step
 
     def _init_group(
         self,
@@ -254,7 +271,7 @@ class ADOPT(Optimizer):
                 every_step.append(state["step"])
         return has_complex
 
-    def _counts(self, grads: list[Tensor], every_step: list[Tensor], found_inf: Tensor | None) -> bool | Tensor:
+    def _counts(self, calls: list[Gathered], every_step: list[Tensor], found_inf: Tensor | None) -> bool | Tensor:
         """Return whether this step counts, or is a library's dummy step on zero gradients.
 
         That is a 0-dim tensor of 1.0 or 0.0 where capturable or compiled. Once the host knows of a parameter with
@@ -262,6 +279,7 @@ class ADOPT(Optimizer):
         """
         if self._is_stepped or not self.guard_dummy_step:
             return True
+        grads = [grad for call in calls for grad in call.grads]
         all_params = [param for group in self.param_groups for param in group["params"]]
         if torch.compiler.is_compiling() or any(group["capturable"] for group in self.param_groups):
             device = local_tensor(all_params[0]).device
@@ -310,7 +328,9 @@ class ADOPT(Optimizer):
         super().__setstate__(state)
         if "_is_stepped" not in self.__dict__:  # new from a pickle or a deepcopy, which carry no hooks
             self.register_state_dict_post_hook(_pack_groups)
-            self._kernels = Kernels()
+        # What was remembered of the state that is replaced would keep it alive until the next step.
+        self._kernels = Kernels()
+        self._memory = None
         self._is_stepped = has_nonzero(s["step"] for p, s in self.state.items() if isinstance(p, Tensor) and s)
 
 
@@ -447,32 +467,47 @@ def adopt(
         raise ValueError("state_steps must hold 0-dim tensors, they are advanced in place")
     if init not in options.INITS:
         raise ValueError(f"init must be one of {options.INITS}, got {init!r}")
-    clip: Clip | None = as_clip(clip_lambda)
-    if has_complex or any(param.is_complex() for param in params):
-        params, grads, exp_avgs, exp_avg_sqs = map(_as_real, (params, grads, exp_avgs, exp_avg_sqs))
-    kernel = (kernels or Kernels()).select(
-        params, grads, exp_avgs, exp_avg_sqs, foreach=foreach, fused=fused, differentiable=differentiable
-    )
-    kernel(
+    _run(
+        kernels or Kernels(),
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         state_steps,
+        foreach=foreach,
+        fused=fused,
+        has_complex=has_complex or any(param.is_complex() for param in params),
+        capturable=capturable,
+        differentiable=differentiable,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         beta1=beta1,
         beta2=beta2,
         lr=lr,
-        clip_lambda=clip,
+        clip_lambda=as_clip(clip_lambda),
         weight_decay=weight_decay,
         decouple=decouple,
         eps=eps,
         maximize=maximize,
         nesterov=nesterov,
         init=init,
-        capturable=capturable,
-        differentiable=differentiable,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
         offsets=offsets,
         step_increment=step_increment,
     )
+
+
+def _run(
+    kernels: Kernels,
+    *lists: Sequence[Tensor],
+    foreach: bool | None,
+    fused: bool | None,
+    has_complex: bool,
+    differentiable: bool,
+    **rule: Any,
+) -> None:
+    """Choose the kernel and call it; complex tensors are seen as real ones."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = lists
+    if has_complex:
+        params, grads, exp_avgs, exp_avg_sqs = map(_as_real, (params, grads, exp_avgs, exp_avg_sqs))
+    kernel = kernels.select(params, grads, foreach=foreach, fused=fused, differentiable=differentiable)
+    kernel(params, grads, exp_avgs, exp_avg_sqs, steps, differentiable=differentiable, **rule)

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"kernels", "clipping"},
     "options": {"clipping"},
     "foreign": {"clipping"},
-    "gathering": set(),
+    "gathering": {"kernels"},
     "adopt": {"kernels", "clipping", "options", "foreign", "dtensor", "gathering"},
     "sharding": {"sharding"},
     "sharding.collectives": set(),

@@ -73,8 +73,6 @@ class Kernels:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
         *,
         foreach: bool | None,
         fused: bool | None,

@@ -31,7 +31,17 @@ from sharded_adopt.kernels.working import lr_for, skipped_on_host
 
 _MAXIMIZE, _UNSCALE, _L2, _DECOUPLED, _NESTEROV, _INIT_ELEMENT = (1 << bit for bit in range(6))
 _PARAM, _EXP_AVG, _EXP_AVG_SQ, _STEP = 0, 2, 3, 4
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLANS_KEPT = 64  # lists that one optimizer steps, as a rule one for each parameter group
+
+
+SMALL_NUMEL = 1 << 15
+"""Lists of tensors that have fewer elements than this on average are remembered from step to step.
+
+What is remembered is held: a tensor that its owner drops, say to move the state to another device, would live on until
+the next step. For small tensors that is little memory, and preparing them again takes longer than updating them; for
+large ones it is the other way round.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +112,10 @@ class FusedAdopt:
     """The fused kernel; an instance remembers what it prepared for the lists that it was called with.
 
     A plan holds references to parameters, moments and steps, so an instance belongs to whoever owns these: an
-    optimizer keeps one. Gradients are never held. A plan is right for as long as the lists hold the same tensor objects
-    and these have the shape, strides, dtype and device they had; storage may be swapped under them (`param.data = …`),
-    as DeepSpeed does. Whatever else changes is noticed and prepared again.
+    optimizer keeps one. Only plans of small tensors are kept from call to call: see `SMALL_NUMEL`. Gradients are never
+    held. A plan is right for as long as the lists hold the same tensor objects and these have the shape, strides, dtype
+    and device they had; storage may be swapped under them (`param.data = …`), as DeepSpeed does. Whatever else changes
+    is noticed and prepared again.
     """
 
     def __init__(self) -> None:
@@ -157,35 +168,43 @@ class FusedAdopt:
             "found_inf": None,
             "step_increment": step_increment,
         }
-        key = id(params[0])  # of a tensor that the plan keeps alive, so no other can have it
-        plan = self._plans.get(key)
-        is_new = plan is None or not plan.is_of(params, exp_avgs, exp_avg_sqs, state_steps, offsets)
-        if plan is None or is_new:
-            plan = _Plan(params, exp_avgs, exp_avg_sqs, state_steps, offsets)
-            self._keep(key, plan)
-        left = plan.run(grads, options)
-        increment_version(params)
-
         lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
-        if left and not is_new:  # their layout or step changed under the plan: prepare them again
-            del self._plans[key]
+        left = self._pass(lists, offsets, options)
+        if left:  # their layout or step changed under the plan, or a gradient is not laid out as its parameter
             rest, starts = _rows(left, lists, offsets)
             rest[1] = list(map(_laid_out_as, rest[1], rest[0]))
-            FusedAdopt()(*rest, offsets=starts, **options)
-            left = []
-        if left or plan.others:
-            rest, starts = _rows([*left, *plan.others], lists, offsets)
-            adopt_reference_(*rest, offsets=starts, **options)
+            left = FusedAdopt()._pass(rest, starts, options)
+            if left:
+                rest, starts = _rows(left, rest, starts)
+                adopt_reference_(*rest, offsets=starts, **options)
 
-    def _keep(self, key: int, plan: _Plan) -> None:
-        self._plans.pop(key, None)
-        while len(self._plans) >= _PLANS_KEPT:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[key] = plan
+    def _pass(
+        self, lists: Sequence[Sequence[Tensor]], offsets: Sequence[int] | None, options: dict[str, Any]
+    ) -> list[int]:
+        """Update what can be updated; return the rows that were left."""
+        params, grads, exp_avgs, exp_avg_sqs, state_steps = lists
+        owned = (params, exp_avgs, exp_avg_sqs, state_steps)
+        key = id(params[0])  # of a tensor that a kept plan keeps alive, so no other can have it
+        plan = self._plans.get(key)
+        if plan is None or not plan.is_of(owned, offsets):
+            self._plans.pop(key, None)
+            plan = _Plan(owned, offsets)
+            if sum(map(Tensor.numel, params)) < SMALL_NUMEL * len(params):
+                while len(self._plans) >= _PLANS_KEPT:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[key] = plan
+        left = plan.run(grads, options)
+        increment_version(params)
+        if plan.others:
+            rest, starts = _rows(plan.others, lists, offsets)
+            adopt_reference_(*rest, offsets=starts, **options)
+        if left:
+            self._plans.pop(key, None)
+        return left
 
 
 def _rows(
-    rows: Sequence[int], lists: tuple[Sequence[Tensor], ...], offsets: Sequence[int] | None
+    rows: Sequence[int], lists: Sequence[Sequence[Tensor]], offsets: Sequence[int] | None
 ) -> tuple[list[list[Tensor]], list[int] | None]:
     """The lists and offsets of these rows only."""
     return [[tensors[i] for i in rows] for tensors in lists], None if offsets is None else [offsets[i] for i in rows]
@@ -207,21 +226,17 @@ def adopt_fused_(
 
 
 class _Plan:
-    """What is constant of one list of tensors, in C. `others` are the rows that the reference kernel has to take."""
+    """What is constant of (params, exp_avgs, exp_avg_sqs, state_steps), in C.
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        state_steps: Sequence[Tensor],
-        offsets: Sequence[int] | None,
-    ) -> None:
+    `others` are the rows that the reference kernel has to take.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[Tensor]], offsets: Sequence[int] | None) -> None:
         library = native.load().library
         if library is None:
             raise RuntimeError(f"there is no fused CPU kernel: {native.load().reason}")
         self._library = library
-        columns = self._lists = tuple(map(tuple, (params, exp_avgs, exp_avg_sqs, state_steps)))
+        columns = self._lists = tuple(map(tuple, lists))
         starts = self._offsets = None if offsets is None else tuple(offsets)
         self._address, usable = _prepare(library, columns, starts)
         self.others = [i for i, good in enumerate(usable) if not good]
@@ -240,20 +255,11 @@ class _Plan:
         self._rule = _Rule(clips=ctypes.addressof(self._clips))
         self._rule_address = ctypes.addressof(self._rule)
 
-    def is_of(
-        self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        state_steps: Sequence[Tensor],
-        offsets: Sequence[int] | None,
-    ) -> bool:
+    def is_of(self, lists: Sequence[Sequence[Tensor]], offsets: Sequence[int] | None) -> bool:
         """Whether these are the very tensors that the plan was made for."""
-        given = (params, exp_avgs, exp_avg_sqs, state_steps)
-        if any(len(mine) != len(theirs) for mine, theirs in zip(self._lists, given, strict=True)):
-            return False
-        if not all(all(map(operator.is_, mine, theirs)) for mine, theirs in zip(self._lists, given, strict=True)):
-            return False
+        for mine, theirs in zip(self._lists, lists, strict=True):
+            if mine is not theirs and (len(mine) != len(theirs) or not all(map(operator.is_, mine, theirs))):
+                return False
         return self._offsets == (None if offsets is None else tuple(offsets))
 
     def run(self, grads: Sequence[Tensor], options: dict[str, Any]) -> list[int]:
@@ -336,11 +342,10 @@ def _free(library: ctypes.CDLL, address: int) -> None:
 
 
 def _laid_out_as(grad: Tensor, param: Tensor) -> Tensor:
-    """`grad` with the strides of `param`, copied only where it has others."""
+    """`grad` with the strides of `param` and a dtype that the loops read, copied only where it has others."""
     if grad.shape != param.shape:
-        raise ValueError(
-            f"a gradient must have the shape of its parameter, {tuple(param.shape)}, got {tuple(grad.shape)}"
-        )
-    if grad.stride() == param.stride():
+        raise ValueError(f"a gradient must have its parameter's shape, {tuple(param.shape)}, got {tuple(grad.shape)}")
+    dtype = grad.dtype if grad.dtype in _DTYPES else torch.float32
+    if grad.stride() == param.stride() and grad.dtype == dtype:
         return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return torch.empty_like(param, dtype=dtype).copy_(grad)
