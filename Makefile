@@ -17,7 +17,8 @@ venv: $(STAMP)
 
 # torch first and by its version: "torch" alone would let pip pick another release and its CUDA packages.
 # Without build isolation, setuptools is the pinned one too, and nothing is fetched twice.
-$(STAMP): pyproject.toml constraints.txt
+# The fused kernel is compiled by the install, where there is a C compiler.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sharded_adopt/kernels/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

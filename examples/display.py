@@ -15,14 +15,14 @@ PLAIN_EVERY = 20
 
 
 def size(nbytes: float) -> str:
-    """Write a number of bytes for people: 1 MB is a million bytes."""
-    if nbytes < 1000:
+    """Write a number of bytes for people; 1 MiB is 2**20 bytes, as in `sharded-adopt ckpt ls`."""
+    if nbytes < 1024:
         return f"{nbytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        nbytes /= 1000
-        if nbytes < 1000:
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if nbytes < 1024:
             return f"{nbytes:.2f} {unit}"
-    return f"{nbytes / 1000:.2f} TB"
+    return f"{nbytes / 1024:.2f} TiB"
 
 
 class Display:

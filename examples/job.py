@@ -24,6 +24,7 @@ class Job:
         *,
         torchrun: Sequence[str] = (),
         output: IO[Any] | None = None,
+        directory: Path | None = None,
     ) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         # torchrun sets one thread a process and warns about it, unless somebody has decided already.
@@ -31,6 +32,7 @@ class Job:
         self.process = subprocess.Popen(
             [*command, *torchrun, str(script), *arguments],
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            cwd=directory,
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
         )
