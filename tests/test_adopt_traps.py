@@ -49,7 +49,7 @@ def test_a_resumed_run_keeps_the_clip_it_was_started_with():
         step_with(optimizer, 100.0)
     (p,), (q,) = (o.param_groups[0]["params"] for o in (started, resumed))
     assert same_bits(p, q)
-    assert p.item() == pytest.approx(1.0 - 0.1 * 0.1 * 100.0)  # not clipped
+    assert p.item() == pytest.approx(1.0 - 0.1 * 0.1 * 100.0, abs=1e-6)  # not clipped
 
 
 @all_kernels
@@ -127,7 +127,7 @@ def test_an_inf_gradient_that_was_found_does_not_kill_the_coordinate(kernel):
     del optimizer.found_inf
     assert optimizer.state[p]["exp_avg_sq"].tolist() == [1.0, 1.0]
     step_with(optimizer, 1.0)
-    assert p[0] == p[1] == pytest.approx(0.99)
+    assert p.tolist() == [pytest.approx(0.99)] * 2
 
 
 @all_kernels
