@@ -106,10 +106,10 @@ def report(directory: Path, steps: int, before: int, after: int) -> None:
             ("final loss (mean of the last 10 steps)", f"{summary['final_loss']:.4f}"),
             ("killed after step / resumed from step", f"{lost[-1]['step']} / {resumed}"),
             ("ranks before / after", f"{before} / {after}"),
-            ("lost steps, taken again: largest loss difference", f"{difference:.1e}"),
+            ("steps taken again: largest change in loss", f"{difference:.1e}"),
             ("optimizer state, unsharded", size(summary["state_nbytes_unsharded"])),
             ("optimizer state, a rank", f"{size(summary['state_nbytes_rank'])} ({share:.1%})"),
-            ("checkpoint", f"{size(summary['checkpoint_nbytes'])}, saved in {summary['save_seconds']:.3f} s"),
+            ("checkpoint, time to save it", f"{size(summary['checkpoint_nbytes'])}, {summary['save_seconds']:.3f} s"),
         ],
     )
     picture = directory / "loss.png"

@@ -1,7 +1,7 @@
 """ADOPT as a sharded (ZeRO) optimizer for torch.
 
-The public names are resolved when they are first used, so that `import sharded_adopt` (and `sharded-adopt --help`) costs
-no import of torch.
+The public names are resolved when they are first used, so that `import sharded_adopt` (and `sharded-adopt --help`)
+costs no import of torch.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """The package, with `adopt` pinned to the function.
 
-    Importing the submodule `sharded_adopt.adopt` writes the module over the package's attribute of that name; a property
-    of the class wins over what is written to the instance, whatever was imported first.
+    Importing the submodule `sharded_adopt.adopt` writes the module over the package's attribute of that name; a
+    property of the class wins over what is written to the instance, whatever was imported first.
     """
 
     @property
