@@ -56,6 +56,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad lr in a group": (lambda: ShardedADOPT([{"params": [shared], "lr": -2.0}]), ValueError, "lr.*-2"),
     "unknown argument": (lambda: ShardedADOPT([shared], learning_rate=1.0), TypeError, "learning_rate"),
     "bucket": (lambda: ShardedADOPT([shared], bucket_cap_mb=0), ValueError, "bucket_cap_mb must be positive, got 0"),
+    "freed and given": (
+        lambda: ShardedADOPT([shared], shard_gradients=True, reduce_gradients=False),
+        ValueError,
+        "reduces nothing: choose one",
+    ),
     "untracked": (
         lambda: ShardedADOPT([linear.weight], module=linear),
         ValueError,
@@ -72,7 +77,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     **{
         name: (lambda name=name, value=value: ShardedADOPT([shared], **{name: value}), NotImplementedError, name)
         for name, value in {
-            "shard_gradients": True,
             "mesh": object(),
             "sharding": "hybrid",
             "main_params": "fp32",

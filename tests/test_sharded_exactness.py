@@ -51,7 +51,7 @@ def grouped(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def train(
-    rank: int, world_size: int, name: str, cap: float, groups: bool, overlap: bool
+    rank: int, world_size: int, name: str, cap: float, groups: bool, overlap: bool, frees: bool
 ) -> tuple[list[Tensor], dict[str, Any]]:
     cls, arguments = OPTIMIZERS[name]
     model = AwkwardModel(seed=rank)  # only the first rank's values count
@@ -61,6 +61,7 @@ def train(
         module=model,
         bucket_cap_mb=cap,
         overlap_grad_reduce=overlap,
+        shard_gradients=frees,
         **arguments,
     )
     before = [p.stride() for p in model.parameters()]
@@ -72,12 +73,12 @@ def train(
 
 
 def assert_equals_one_process(
-    world_size: int, name: str, cap: float, groups: bool = False, overlap: bool = True
+    world_size: int, name: str, cap: float, groups: bool = False, overlap: bool = True, frees: bool = False
 ) -> None:
     cls, arguments = OPTIMIZERS[name]
     params_of: Callable[[nn.Module], Any] = grouped if groups else lambda model: model.named_parameters()
     expected, expected_state = train_unsharded(lambda m: cls(params_of(m), **arguments), world_size)
-    for params, state in run_ranks(world_size, train, name, cap, groups, overlap):
+    for params, state in run_ranks(world_size, train, name, cap, groups, overlap, frees):
         assert_same(params, expected)
         assert state["param_groups"] == expected_state["param_groups"]
         for index, entries in expected_state["state"].items():
@@ -99,9 +100,17 @@ def test_groups_with_their_own_values_equal_one_process(name: str, world_size: i
     assert_equals_one_process(world_size, name, MANY_BUCKETS, groups=True)
 
 
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_without_overlap_the_result_is_the_same(world_size: int) -> None:
-    assert_equals_one_process(world_size, "adopt", MANY_BUCKETS, overlap=False)
+def test_without_overlap_the_result_is_the_same(world_size: int, frees: bool) -> None:
+    assert_equals_one_process(world_size, "adopt", MANY_BUCKETS, overlap=False, frees=frees)
+
+
+@pytest.mark.parametrize("cap", [ONE_BUCKET, MANY_BUCKETS], ids=["one-bucket", "many-buckets"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", ["adopt", "adopt-l2-nesterov", "adamw"])
+def test_freeing_gradients_changes_no_bit(name: str, world_size: int, cap: float) -> None:
+    assert_equals_one_process(world_size, name, cap, groups=True, frees=True)
 
 
 def one_and_the_same_batch(rank: int, world_size: int) -> list[Tensor]:

@@ -42,7 +42,7 @@ def double(seed: int, number: int, rank: int) -> Batch | None:
     return tokens, image.double(), ["left", "right", "neither"][(number // 7 + shift * (number % 3)) % 3]
 
 
-def one_process(seed: int, world_size: int) -> list[Tensor]:
+def one_process(seed: int, world_size: int, frees: bool) -> list[Tensor]:
     model = AwkwardModel().double()
     optimizer = ADOPT(model.parameters(), lr=0.05)
     held: list[Tensor | None] = [None] * len(list(model.parameters()))
@@ -52,7 +52,7 @@ def one_process(seed: int, world_size: int) -> list[Tensor]:
             held = [m if h is None else h if m is None else h + m for h, m in zip(held, means, strict=True)]
         elif kind == "zero":
             held = [None] * len(held)
-        elif kind == "scale":
+        elif kind == "scale" and not frees:  # there is no gradient to scale once it is freed
             held = [None if h is None else h * 0.5 for h in held]
         for p, grad in zip(model.parameters(), held, strict=True):
             p.grad = None if grad is None or p.numel() == 0 else grad
@@ -61,10 +61,11 @@ def one_process(seed: int, world_size: int) -> list[Tensor]:
             held = [p.grad for p in model.parameters()]
         elif kind == "step":
             optimizer.step()
+            held = [None] * len(held) if frees else held
     return [p.detach().clone() for p in model.parameters()]
 
 
-def several_ranks(rank: int, world_size: int, seeds: list[int]) -> list[list[Tensor]]:
+def several_ranks(rank: int, world_size: int, seeds: list[int], frees: bool) -> list[list[Tensor]]:
     results = []
     for seed in seeds:
         model = AwkwardModel().double()
@@ -73,6 +74,7 @@ def several_ranks(rank: int, world_size: int, seeds: list[int]) -> list[list[Ten
             lr=0.05,
             bucket_cap_mb=[25, 200 / 2**20, 1e-6][seed % 3],
             overlap_grad_reduce=seed % 5 != 0,
+            shard_gradients=frees,
         )
         for kind, number in actions(seed):
             one = double(seed, number, rank)
@@ -85,7 +87,8 @@ def several_ranks(rank: int, world_size: int, seeds: list[int]) -> list[list[Ten
                 if is_uneven(seed):
                     # Ranks that have reduced different buckets cannot drop them as one: that is an error, by contract.
                     optimizer.synchronize_gradients()
-                [optimizer, model][number % 2].zero_grad()
+                # Gradients that were freed can be dropped through the optimizer only.
+                [optimizer, optimizer if frees else model][number % 2].zero_grad()
             elif kind == "synchronize":
                 optimizer.synchronize_gradients()
             elif kind == "scale":
@@ -102,12 +105,13 @@ def several_ranks(rank: int, world_size: int, seeds: list[int]) -> list[list[Ten
     return results
 
 
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_training_loop_equals_one_process(world_size: int) -> None:
+def test_any_training_loop_equals_one_process(world_size: int, frees: bool) -> None:
     seeds = list(range(CASES))
-    results = run_ranks(world_size, several_ranks, seeds, timeout=120)
+    results = run_ranks(world_size, several_ranks, seeds, frees, timeout=120)
     for case, seed in enumerate(seeds):
-        expected = one_process(seed, world_size)
+        expected = one_process(seed, world_size, frees)
         for rank in range(world_size):
             for ours, theirs in zip(results[rank][case], expected, strict=True):
                 torch.testing.assert_close(

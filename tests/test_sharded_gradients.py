@@ -15,12 +15,19 @@ from sharded_adopt import ADOPT, ShardedADOPT
 MANY_BUCKETS = 100 / 2**20
 LR = {"lr": 0.05}
 
+both_ways = pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
 Scenario = Callable[[nn.Module, ShardedADOPT, int], None]
 
 
-def sharded(rank: int, world_size: int, scenario: Scenario, overlap: bool) -> list[Tensor]:
+def sharded(rank: int, world_size: int, scenario: Scenario, overlap: bool, frees: bool = False) -> list[Tensor]:
     model = AwkwardModel()
-    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=MANY_BUCKETS, overlap_grad_reduce=overlap)
+    optimizer = ShardedADOPT(
+        model.named_parameters(),
+        **LR,
+        bucket_cap_mb=MANY_BUCKETS,
+        overlap_grad_reduce=overlap,
+        shard_gradients=frees,
+    )
     scenario(model, optimizer, rank)
     return [p.detach().clone() for p in model.parameters()]
 
@@ -40,9 +47,15 @@ def on_the_sum(batches: list[list[tuple[int, str]]], world_size: int) -> list[Te
     return [p.detach().clone() for p in model.parameters()]
 
 
-def check(scenario: Scenario, batches: list[list[tuple[int, str]]], overlap: bool = True, exact: bool = False) -> None:
+def check(
+    scenario: Scenario,
+    batches: list[list[tuple[int, str]]],
+    overlap: bool = True,
+    exact: bool = False,
+    frees: bool = False,
+) -> None:
     expected = on_the_sum(batches, 2)
-    for params in run_ranks(2, sharded, scenario, overlap):
+    for params in run_ranks(2, sharded, scenario, overlap, frees):
         # Where two sums are added in another order than one process adds them, the last bit may differ; the division
         # by √v does not make that larger.
         assert_same(params, expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
@@ -60,9 +73,10 @@ def accumulate(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
 ACCUMULATED = [[(2 * s, "left"), (2 * s + 1, "right" if s else "left")] for s in range(4)]
 
 
+@both_ways
 @pytest.mark.parametrize("overlap", [True, False])
-def test_accumulation_under_no_sync_equals_the_sum(overlap: bool) -> None:
-    check(accumulate, ACCUMULATED, overlap)
+def test_accumulation_under_no_sync_equals_the_sum(overlap: bool, frees: bool) -> None:
+    check(accumulate, ACCUMULATED, overlap, frees=frees)
 
 
 def accumulate_without_no_sync(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
@@ -73,9 +87,10 @@ def accumulate_without_no_sync(model: nn.Module, optimizer: ShardedADOPT, rank: 
         optimizer.step()
 
 
+@both_ways
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_second_backward_without_no_sync_is_summed(overlap: bool) -> None:
-    check(accumulate_without_no_sync, ACCUMULATED, overlap)
+def test_a_second_backward_without_no_sync_is_summed(overlap: bool, frees: bool) -> None:
+    check(accumulate_without_no_sync, ACCUMULATED, overlap, frees=frees)
 
 
 def backward_on_one_rank_twice(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
@@ -87,8 +102,9 @@ def backward_on_one_rank_twice(model: nn.Module, optimizer: ShardedADOPT, rank: 
         optimizer.step()
 
 
-def test_ranks_with_another_number_of_backwards_neither_hang_nor_mix() -> None:
-    check(backward_on_one_rank_twice, [[(s, "left")] for s in range(3)])
+@both_ways
+def test_ranks_with_another_number_of_backwards_neither_hang_nor_mix(frees: bool) -> None:
+    check(backward_on_one_rank_twice, [[(s, "left")] for s in range(3)], frees=frees)
 
 
 def no_sync_only(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
@@ -99,8 +115,9 @@ def no_sync_only(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
         optimizer.step()
 
 
-def test_step_reduces_what_was_only_accumulated() -> None:
-    check(no_sync_only, [[(s, "left")] for s in range(3)], exact=True)
+@both_ways
+def test_step_reduces_what_was_only_accumulated(frees: bool) -> None:
+    check(no_sync_only, [[(s, "left")] for s in range(3)], exact=True, frees=frees)
 
 
 class Leave(Exception):
@@ -210,8 +227,41 @@ def backward_then_nothing(model: nn.Module, optimizer: ShardedADOPT, rank: int) 
     optimizer.step()
 
 
-def test_a_step_without_gradients_changes_nothing() -> None:
-    check(backward_then_nothing, [[(1, "left")]], exact=True)
+@both_ways
+def test_a_step_without_gradients_changes_nothing(frees: bool) -> None:
+    check(backward_then_nothing, [[(1, "left")]], exact=True, frees=frees)
+
+
+def dropped_through_the_optimizer(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
+    for step in range(3):
+        model(*batch(50 + step, rank, "right")).backward()
+        if step == 1:
+            optimizer.synchronize_gradients()
+        optimizer.zero_grad()
+        model(*batch(step, rank, "left")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@both_ways
+def test_the_optimizers_zero_grad_drops_what_was_reduced(frees: bool) -> None:
+    check(dropped_through_the_optimizer, [[(s, "left")] for s in range(3)], exact=True, frees=frees)
+
+
+def freed(rank: int, world_size: int) -> None:
+    model = AwkwardModel()
+    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=MANY_BUCKETS, shard_gradients=True)
+    for step in range(2):
+        (model(*batch(step, rank, "left")) + model(*batch(step, rank, "right"))).backward()
+        # Everything is full, so everything is on its way and nothing is kept.
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.synchronize_gradients()
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+
+
+def test_with_shard_gradients_grad_is_none_once_it_is_reduced() -> None:
+    run_ranks(2, freed)
 
 
 def by_hand(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
@@ -419,9 +469,10 @@ def test_one_nonzero_element_anywhere_makes_the_step_count_on_every_rank() -> No
     assert run_ranks(2, nonzero_in_one_shard) == [[1.0, 8.0], [1.0, 8.0]]
 
 
+@both_ways
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 2.5, float("inf")])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_clipping_equals_torch_on_the_averaged_gradient(norm_type: float, world_size: int) -> None:
+def test_clipping_equals_torch_on_the_averaged_gradient(norm_type: float, world_size: int, frees: bool) -> None:
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     norms = []
@@ -432,14 +483,14 @@ def test_clipping_equals_torch_on_the_averaged_gradient(norm_type: float, world_
             p.grad = None if p.numel() == 0 else mean
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3, norm_type).item())
         optimizer.step()
-    for ours, params in run_ranks(world_size, clipped, norm_type):
+    for ours, params in run_ranks(world_size, clipped, norm_type, frees):
         assert ours == pytest.approx(norms, rel=1e-6)
         assert_same(params, [p.detach() for p in model.parameters()], rtol=1e-5, atol=1e-6)
 
 
-def clipped(rank: int, world_size: int, norm_type: float) -> tuple[list[float], list[Tensor]]:
+def clipped(rank: int, world_size: int, norm_type: float, frees: bool) -> tuple[list[float], list[Tensor]]:
     model = AwkwardModel()
-    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=MANY_BUCKETS)
+    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=MANY_BUCKETS, shard_gradients=frees)
     norms = []
     for step in range(4):
         optimizer.zero_grad()

@@ -294,6 +294,7 @@ def count_bytes(rank: int, world_size: int) -> tuple[int, int]:
     dist.isend = counting
     model = AwkwardModel()
     optimizer = ShardedADOPT(model.named_parameters(), lr=0.05, bucket_cap_mb=100 / 2**20)
-    model(*batch(0, rank)).backward()
+    model.frozen.requires_grad_()
+    (model(*batch(0, rank, "left")) + model(*batch(0, rank, "right"))).backward()
     optimizer.step()
     return optimizer.memory_plan().sent, sent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_adopt.sharding.layout import Bucket, ParamSpec, Placement, Segment
+from sharded_adopt.sharding.layout import Bucket, ParamSpec, Segment
 
 
 class BucketBuffer:
@@ -40,11 +40,6 @@ class BucketBuffer:
             view = view_like(self.params, placement.start, tensor)
             view.copy_(tensor.detach())
             tensor.data = view
-
-    def grad_view(self, placement: Placement, param: Tensor) -> Tensor:
-        """The n-D view of `grads` that is the gradient of `param`, with the parameter's strides."""
-        assert self.grads is not None
-        return view_like(self.grads, placement.start, param)
 
     @property
     def shard(self) -> slice:

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_adopt.sharding.scratch import Scratch
+
 __all__ = ["Collectives", "Pending", "RanksDisagree"]
 
 
@@ -50,6 +52,7 @@ class Collectives:
         self._data: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         self._abandoned: list[dist.ProcessGroup] = []
+        self._scratch = Scratch()
         self._is_gloo = True
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             self.rank, self.world_size = 0, 1
@@ -288,28 +291,37 @@ class _SlicesInPlace:
         self._works.wait()
 
 
+# A quarter of a MiB of fp32, so that a piece of each of two ranks fits a core's own cache.
+_PIECE_NUMEL = 1 << 16
+
+
 class _MeanOfSlices:
     """A reduce-scatter by exchange: what the others send is kept aside until all is there, then added by rank."""
 
     def __init__(self, group: Collectives, buffer: Tensor, tag: int) -> None:
         slices = group._slices(buffer)
         self._own, self._rank, self._world_size = slices[group.rank], group.rank, group.world_size
-        arrived = torch.empty(group.world_size - 1, self._own.numel(), dtype=buffer.dtype, device=buffer.device)
+        self._scratch = group._scratch
+        numel = self._own.numel()
+        self._arrived: Tensor | None = self._scratch.take((group.world_size - 1) * numel, buffer)
         # Row of a rank: its number, with this rank's own left out.
-        self._arrived: Tensor | None = arrived
+        rows = self._arrived.view(group.world_size - 1, numel).unbind(0)
         self._works = _exchange(
-            group, tag, lambda rank: slices[rank], lambda rank: arrived[rank if rank < group.rank else rank - 1]
+            group, tag, lambda rank: slices[rank], lambda rank: rows[rank if rank < group.rank else rank - 1]
         )
 
     def wait(self) -> None:
         if self._arrived is None:
             return
         self._works.wait()
-        parts = list(self._arrived.unbind(0))
+        parts = list(self._arrived.view(self._world_size - 1, -1).unbind(0))
         parts.insert(self._rank, self._own)
-        total = parts[0]
-        for part in parts[1:]:
-            # Rank 0 adds into its own slice, the others into the first that arrived: no further memory either way.
-            total += part
-        torch.div(total, self._world_size, out=self._own)
+        # Piece by piece, so that a sum is divided while it is still in the cache.
+        for pieces in zip(*(part.split(_PIECE_NUMEL) for part in parts), strict=True):
+            total = pieces[0]
+            for piece in pieces[1:]:
+                # Rank 0 adds into its own slice, the others into what arrived first: no further memory either way.
+                total += piece
+            torch.div(total, self._world_size, out=pieces[self._rank])
+        self._scratch.give_back(self._arrived)
         self._arrived = None

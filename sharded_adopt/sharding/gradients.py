@@ -30,17 +30,27 @@ class Verdict:
 class GradientSource(Protocol):
     """Where the optimizer gets this rank's part of the averaged gradient from."""
 
-    def synchronize(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
-        """Make the gradients of this round final. Collective.
+    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+        """Start what is not reduced yet and agree on the round. Collective.
 
-        `problem` is what this rank found wrong before; every rank then raises.
+        `problem` is what this rank found wrong before; every rank then raises. A bucket's gradients are final only once
+        it is finished.
         """
 
+    def finish(self, bucket: int) -> None:
+        """Wait for the averaged gradients of a bucket. After `agree`."""
+
+    def finish_all(self) -> None:
+        """Wait for all of them."""
+
     def segment_grad(self, segment: Segment) -> Tensor:
-        """The averaged gradient of `segment`: 1-D, a view, valid after `synchronize` if its parameter is present."""
+        """The averaged gradient of `segment`: 1-D, a view, valid once its bucket is finished if it is present."""
 
     def grads(self, verdict: Verdict) -> list[Tensor]:
         """The tensors on this rank that a factor must multiply to scale the gradient."""
+
+    def drop(self) -> None:
+        """The user has set every `param.grad` to None or zero."""
 
     def close_round(self) -> None:
         """A step has used the gradients."""
@@ -69,7 +79,7 @@ class GivenGradients:
         self._params, self._specs = list(params), layout.params
         self._segments = layout.segments(self._group.rank)
 
-    def synchronize(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
         """Agree on which parameters have a gradient.
 
         Raises on every rank: `TypeError` for a sparse gradient, `RuntimeError` where a gradient is there on some ranks
@@ -111,6 +121,15 @@ class GivenGradients:
     def grads(self, verdict: Verdict) -> list[Tensor]:
         """Every present gradient, whole."""
         return [p.grad for i, p in enumerate(self._params) if i in verdict.present and p.grad is not None]
+
+    def finish(self, bucket: int) -> None:
+        """Nothing to wait for."""
+
+    def finish_all(self) -> None:
+        """Nothing to wait for."""
+
+    def drop(self) -> None:
+        """Nothing is kept beside `param.grad`."""
 
     def close_round(self) -> None:
         """Nothing to forget."""

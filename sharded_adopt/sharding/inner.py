@@ -58,107 +58,142 @@ def read_defaults(
 
 
 class InnerOptimizer:
-    """`optimizer_class` over segments.
+    """`optimizer_class` over this rank's segments, one instance for each bucket.
 
-    State that can be made early is made at once, and lies in one flat tensor for each bucket, so that a step is one run
-    over memory. `segments` are tensors of the user's memory; `step` writes them in place.
+    A bucket can so be stepped as soon as its gradients are final, while others are still on the wire. Every instance
+    has all parameter groups, most of them empty. State that can be made early is made at once, and lies in one flat
+    tensor for each bucket, so that a step is one run over memory.
     """
 
     def __init__(
         self, optimizer_class: OptimizerClass, defaults: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     ) -> None:
-        self.optimizer = optimizer_class([dict(group) for group in groups], **defaults)
+        self._class, self._defaults = optimizer_class, dict(defaults)
+        self._buckets: list[Optimizer] = []
+        self._bucket_of: dict[Tensor, Optimizer] = {}
         self._flat: dict[tuple[int, str, torch.dtype], Tensor] = {}
-        if isinstance(self.optimizer, ADOPT):
-            # The verdict is one for all ranks; this rank's segments alone must not take it.
-            self.optimizer.guard_dummy_step = False
+        # Without parameters: it keeps the hyperparameters, and reads and writes them in the class's own form.
+        self._template = self._make([{**group, "params": []} for group in groups])
 
-    @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:
-        """Its state, by segment tensor."""
-        return self.optimizer.state
+    def _make(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
+        made = self._class([dict(group) for group in groups], **self._defaults)
+        if isinstance(made, ADOPT):
+            # The verdict is one for all ranks; this rank's segments alone must not take it.
+            made.guard_dummy_step = False
+        return made
 
     @property
     def guards_dummy_step(self) -> bool:
         """Whether a first step with zero gradients must not count: ADOPT would keep v = 0 from it for 10⁴ steps."""
-        return isinstance(self.optimizer, ADOPT)
+        return isinstance(self._template, ADOPT)
 
-    def make_state(
-        self, segments: Sequence[Segment], tensors: Sequence[Tensor], buffers: Sequence[BucketBuffer]
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The hyperparameters of every group as the class keeps them; without parameters."""
+        return [without_params(group) for group in self._template.param_groups]
+
+    def state_of(self, segment: Tensor) -> dict[str, Any]:
+        """The live state of a segment; empty where the class has made none yet."""
+        state: dict[str, Any] = self._bucket_of[segment].state[segment]
+        return state
+
+    def add_buckets(
+        self,
+        places: Sequence[Segment],
+        segments: Sequence[Tensor],
+        groups: Sequence[int],
+        buffers: Sequence[BucketBuffer],
     ) -> None:
-        """Allocate the state of `tensors`, the segments' memory, where the optimizer class is one that we know."""
-        group_of = {tensor: group for group in self.optimizer.param_groups for tensor in group["params"]}
-        for segment, tensor in zip(segments, tensors, strict=True):
-            if isinstance(self.optimizer, ADOPT):
-                self.optimizer.element_starts[tensor] = segment.start
-                self.optimizer.init_state(tensor)
-            elif type(self.optimizer) in (Adam, AdamW):
-                self.state[tensor] = _adam_state(tensor, group_of[tensor])
-            self._move_into_flat(segment, tensor, buffers[segment.bucket])
+        """Take over the segments of new buckets (each with its place and the number of its group), and make state.
 
-    def _move_into_flat(self, segment: Segment, tensor: Tensor, buffer: BucketBuffer) -> None:
-        state = self.state.get(tensor, {})
+        State is made where the class is one that we know; another makes its own at the first step.
+        """
+        members: dict[int, list[int]] = {}
+        for index, place in enumerate(places):
+            members.setdefault(place.bucket, []).append(index)
+        for bucket in sorted(members):
+            of_groups: list[list[Tensor]] = [[] for _ in self._template.param_groups]
+            for index in members[bucket]:
+                of_groups[groups[index]].append(segments[index])
+            optimizer = self._make([{**own, "params": held} for own, held in zip(self.groups, of_groups, strict=True)])
+            self._buckets.append(optimizer)
+            for index in members[bucket]:
+                self._bucket_of[segments[index]] = optimizer
+                self._make_state(optimizer, places[index], segments[index], optimizer.param_groups[groups[index]])
+                self._move_into_flat(places[index], segments[index], buffers[bucket])
+
+    def _make_state(self, optimizer: Optimizer, place: Segment, segment: Tensor, group: dict[str, Any]) -> None:
+        if isinstance(optimizer, ADOPT):
+            optimizer.element_starts[segment] = place.start
+            optimizer.init_state(segment, group)
+        elif type(optimizer) in (Adam, AdamW):
+            optimizer.state[segment] = _adam_state(segment, group)
+
+    def _move_into_flat(self, place: Segment, segment: Tensor, buffer: BucketBuffer) -> None:
+        state = self.state_of(segment)
         for key, value in state.items():
-            if not is_of_segment(value, tensor):
+            if not is_of_segment(value, segment):
                 continue
-            place = (segment.bucket, key, value.dtype)
-            if place not in self._flat:
-                self._flat[place] = torch.zeros(buffer.bucket.shard_numel, dtype=value.dtype, device=value.device)
-            state[key] = self._flat[place][segment.shard_start : segment.shard_start + segment.numel]
-
-    def set_params(self, number: int, segments: list[Tensor]) -> None:
-        """Make `segments` the parameters of group `number`, which had none."""
-        self.optimizer.param_groups[number]["params"] = segments
+            where = (place.bucket, key, value.dtype)
+            if where not in self._flat:
+                self._flat[where] = torch.zeros(buffer.bucket.shard_numel, dtype=value.dtype, device=value.device)
+            state[key] = self._flat[where][place.shard_start : place.shard_start + place.numel]
 
     def add_group(self, options: Mapping[str, Any]) -> None:
-        """Open a group without parameters. Raises, with nothing changed, for values that the optimizer refuses."""
-        self.optimizer.add_param_group({"params": [], **options})
+        """Open a group without parameters. Raises, with nothing changed, for values that the class refuses."""
+        self._template.add_param_group({"params": [], **options})
+        for optimizer in self._buckets:
+            optimizer.add_param_group({"params": [], **options})
 
     def drop_groups(self, first: int) -> None:
         """Forget the groups from number `first` on, which have no parameters yet."""
-        del self.optimizer.param_groups[first:]
+        for optimizer in (self._template, *self._buckets):
+            del optimizer.param_groups[first:]
 
     def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take over every value of the user's groups but the parameters: schedulers and users write there."""
-        for own, theirs in zip(self.optimizer.param_groups, groups, strict=True):
-            for key, value in theirs.items():
-                if key not in ("params", "param_names"):
-                    own[key] = value
+        for theirs, *own in zip(
+            map(without_params, groups),
+            self._template.param_groups,
+            *(optimizer.param_groups for optimizer in self._buckets),
+            strict=True,
+        ):
+            for group in own:
+                group.update(theirs)
 
     def plain_groups(self) -> list[dict[str, Any]]:
-        """The groups as the optimizer's own `state_dict()` writes them, without parameters."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        return [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
-
-    def translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict of another class for the same rule in this optimizer's own words."""
-        return foreign.translate(state_dict) if isinstance(self.optimizer, ADOPT) else state_dict
+        """The groups as the class's own `state_dict()` writes them, without parameters."""
+        return [without_params(group) for group in self._template.state_dict()["param_groups"]]
 
     def load_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take groups in the form of `plain_groups`, by the optimizer's own `load_state_dict`; its state stays."""
-        ids = iter(range(len(self.state) + sum(len(g["params"]) for g in self.optimizer.param_groups)))
-        loaded = [
-            {**group, "params": [next(ids) for _ in own["params"]]}
-            for group, own in zip(groups, self.optimizer.param_groups, strict=True)
-        ]
-        state = self.optimizer.state
-        self.optimizer.load_state_dict({"state": {}, "param_groups": loaded})
-        self.optimizer.state = state  # type: ignore[misc, unused-ignore]
+        """Take groups in the form of `plain_groups`, by the class's own `load_state_dict`."""
+        self._template.load_state_dict({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+        self.set_groups(self.groups)
+
+    def translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of another class for the same rule in this class's own words."""
+        return foreign.translate(state_dict) if isinstance(self._template, ADOPT) else state_dict
 
     def state_nbytes_per_element(self, layout: Layout) -> dict[str, int]:
         """For each dtype of parameters, the bytes of state that lie in flat tensors for one element."""
         nbytes = dict.fromkeys((bucket.key.dtype for bucket in layout.buckets), 0)
         first = {bucket.key.dtype: index for index, bucket in reversed(list(enumerate(layout.buckets)))}
-        for (index, _, dtype), _flat in self._flat.items():
+        for index, _, dtype in self._flat:
             key = layout.buckets[index].key.dtype
             if first[key] == index:
                 nbytes[key] += dtype.itemsize
         return nbytes
 
-    def step(self) -> None:
-        """Update every segment whose `.grad` is set; the hooks on steps have run for the optimizer outside."""
-        step = type(self.optimizer).step
-        getattr(step, "__wrapped__", step)(self.optimizer)
+    def step(self, bucket: int) -> None:
+        """Update every segment of `bucket` whose `.grad` is set. Hooks on steps have run for the optimizer outside."""
+        optimizer = self._buckets[bucket]
+        step = type(optimizer).step
+        getattr(step, "__wrapped__", step)(optimizer)
+
+
+def without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a parameter group."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def is_of_segment(value: Any, tensor: Tensor) -> bool:

@@ -24,12 +24,12 @@ from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_de
 from sharded_adopt.sharding.layout import Layout
 from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
-from sharded_adopt.sharding.reducer import MAX_BUCKETS_IN_FLIGHT, GradientReducer
+from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
 from sharded_adopt.sharding.state import ShardedState
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Run any elementwise torch optimizer with its state split evenly over the ranks (ZeRO-1).
+    """Run any elementwise torch optimizer with its state split evenly over the ranks (ZeRO-1, ZeRO-2).
 
     Each rank owns an equal slice of every bucket of parameters, averages the gradients of that slice over the ranks
     while backward runs, updates it, and fetches the others' slices. The result is that of one process on the averaged
@@ -37,13 +37,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, `(name, tensor)` pairs, or groups of either. They become views of flat buffers; identity,
-        strides
-            and tying are kept.
+            strides and tying are kept.
         optimizer_class: an elementwise `torch.optim.Optimizer`. It sees this rank's segments as 1-D parameters.
         process_group: the ranks (default: all; one process where torch.distributed is not initialised).
         module: its buffers are broadcast from the first rank, its names are used for unnamed parameters, and a
-        trainable
-            parameter of it that no group holds is an error.
+            trainable parameter of it that no group holds is an error.
+        shard_gradients: free each bucket's gradients once it is reduced (ZeRO-2). This rank keeps its slice of the
+            mean, `param.grad` is None from then on, and gradients can be dropped by this optimizer's `zero_grad` only.
         reduce_gradients: True replaces DistributedDataParallel: parameters are broadcast now and gradients averaged in
             backward. False stands beside it: `param.grad` must hold the averaged gradient.
         bucket_cap_mb: the size of a bucket in MiB; a larger parameter fills one alone.
@@ -54,12 +54,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Construction, `step`, `synchronize_gradients`, `clip_grad_norm_`, `add_param_group`, `full_state_dict`,
     `load_state_dict` and `reset` are collective: every rank calls them, in the same order.
 
-    After synchronisation (`step`, `synchronize_gradients`, `clip_grad_norm_`) `param.grad` is a view of its bucket,
-    in which this rank's segment is the mean and the rest unspecified. So torch's `clip_grad_norm_` is right only with
+    After synchronisation (`step`, `synchronize_gradients`, `clip_grad_norm_`) `param.grad` is a view of its bucket, in
+    which this rank's segment is the mean and the rest unspecified. So torch's `clip_grad_norm_` is right only with
     `reduce_gradients=False`; use this class's.
 
     Raises `ValueError`, `TypeError` or `RanksDisagree` (a `ValueError`) on every rank if any rank was given something
-    wrong or different.
+    wrong or different, and `NotImplementedError` for arguments that are not built yet.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -93,7 +93,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         _refuse_unbuilt(
             mesh=(mesh, None),
             sharding=(sharding, "full"),
-            shard_gradients=(shard_gradients, False),
             overlap_param_gather=(overlap_param_gather, False),
             reduce_dtype=(reduce_dtype, None),
             gather_dtype=(gather_dtype, None),
@@ -101,9 +100,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
+        if shard_gradients and not reduce_gradients:
+            raise ValueError(
+                "shard_gradients=True frees what this optimizer has reduced, but with reduce_gradients=False it "
+                "reduces nothing: choose one of the two"
+            )
         refuse_not_elementwise(optimizer_class)
         self._built = False
         self._reduces = reduce_gradients
+        self._keeps_gradients = reduce_gradients and not shard_gradients
         self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
         self._collectives = Collectives(process_group, timeout)
         groups: tuple[Group, ...] = ()
@@ -119,10 +124,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = caught
         self._collectives.raise_together(error)
 
-        self._inner = InnerOptimizer(optimizer_class, defaults, [{"params": [], **group.options} for group in groups])
+        self._inner = InnerOptimizer(optimizer_class, defaults, [group.options for group in groups])
         self._parameters = ShardedParameters(self._collectives)
         self._gradients: GradientSource = (
-            GradientReducer(self._collectives, overlap_grad_reduce)
+            GradientReducer(self._collectives, overlap_grad_reduce, shard_gradients)
             if reduce_gradients
             else GivenGradients(self._collectives)
         )
@@ -144,16 +149,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _take_over(self, groups: Sequence[Group], layout: Layout) -> None:
         """Bind the parameters of `groups`, the last of `layout`, and make their state. Collective."""
-        known, first_group = len(self._parameters.tensors), len(self.param_groups) - len(groups)
+        known = len(self._parameters.tensors)
         tensors = [tensor for group in groups for tensor in group.params]
-        self._parameters.add(layout, tensors, with_grads=self._reduces, broadcast=self._reduces)
+        self._parameters.add(layout, tensors, with_grads=self._keeps_gradients, broadcast=self._reduces)
         self._gradients.add(layout, self._parameters.tensors, self._parameters.buffers)
-        segments = iter(self._parameters.segments[known:])
-        for number, group in enumerate(groups, start=first_group):
-            self._inner.set_params(number, [next(segments) for _ in group.params])
         self._inner.set_groups(self.param_groups)
-        places = layout.segments(self._collectives.rank)[known:]
-        self._inner.make_state(places, self._parameters.segments[known:], self._parameters.buffers)
+        self._inner.add_buckets(
+            layout.segments(self._collectives.rank)[known:],
+            self._parameters.segments[known:],
+            [spec.group for spec in layout.params[known:]],
+            self._parameters.buffers,
+        )
         self._state = ShardedState(self._collectives, self._inner, layout, self._parameters.segments)
         self._mirror_state()
 
@@ -176,22 +182,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        verdict = self.synchronize_gradients()
         self._inner.set_groups(self.param_groups)
+        verdict = self._gradients.agree(ask_nonzero=self._nothing_stepped, problem=self._parameters.rebind())
         is_dummy = self._nothing_stepped and verdict.any_nonzero is False
         if verdict.present and not is_dummy:
             self._nothing_stepped = False
-            for place, segment in zip(
-                self.layout.segments(self._collectives.rank), self._parameters.segments, strict=True
-            ):
-                segment.grad = self._gradients.segment_grad(place) if place.param in verdict.present else None
-            self._inner.step()
-            for segment in self._parameters.segments:
-                segment.grad = None
-            self._parameters.gather()
-            self._mirror_state()
+            self._update(verdict)
+        else:
+            self._gradients.finish_all()
         self._gradients.close_round()
         return loss
+
+    def _update(self, verdict: Verdict) -> None:
+        """Bucket by bucket: wait for its gradients, step its segments, send them off; then wait for the others'."""
+        under_way = []
+        for bucket, members in enumerate(self._state.members):
+            self._gradients.finish(bucket)
+            present = [index for index in members if index in verdict.present]
+            for index in present:
+                self._parameters.segments[index].grad = self._gradients.segment_grad(self._state.places[index])
+            if present:
+                self._inner.step(bucket)
+                under_way.append(self._parameters.gather_bucket(bucket))
+            for index in present:
+                # A view: kept, it would keep a gradient alive that the user drops.
+                self._parameters.segments[index].grad = None
+        for pending in under_way:
+            pending.wait()
+        self._parameters.mark_written(verdict.present)
+        self._mirror_state()
 
     def synchronize_gradients(self) -> Verdict:
         """Make the gradients final: this rank's segment of every `param.grad` is then the mean. Collective.
@@ -199,8 +218,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         `step` does it by itself; call it to read or edit gradients before. Raises on every rank what went wrong with a
         gradient on any.
         """
-        problem = self._parameters.rebind()
-        return self._gradients.synchronize(ask_nonzero=self._nothing_stepped, problem=problem)
+        verdict = self._gradients.agree(ask_nonzero=self._nothing_stepped, problem=self._parameters.rebind())
+        self._gradients.finish_all()
+        return verdict
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -234,6 +254,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         first = self._parameters.tensors[0]
         is_double = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in self._parameters.tensors)
         return total.to(device=first.device, dtype=torch.float64 if is_double else torch.float32)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of this round, as torch does; with `shard_gradients` also what has been reduced of it."""
+        super().zero_grad(set_to_none)
+        self._gradients.drop()
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward accumulates gradients on this rank only; the next backward outside reduces the sum."""
@@ -349,8 +374,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _load_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take hyperparameters in plain form, and what is known from the state: whether anything was stepped."""
         self._inner.load_groups(groups)
-        for group, inner, loaded in zip(self.param_groups, self._inner.optimizer.param_groups, groups, strict=True):
-            group.update({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+        for group, inner, loaded in zip(self.param_groups, self._inner.groups, groups, strict=True):
+            group.update(inner)
             if "param_names" in group and "param_names" in loaded:
                 group["param_names"] = list(loaded["param_names"])
         steps = [self._state.of(index).get("step", 0) for index in range(len(self.layout.params))]
@@ -375,7 +400,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.layout,
             self._inner.state_nbytes_per_element(self.layout),
             reduces_gradients=self._reduces,
-            buckets_in_flight=MAX_BUCKETS_IN_FLIGHT,
+            shards_gradients=self._reduces and not self._keeps_gradients,
+            buckets_in_flight=MAX_KEPT_IN_FLIGHT if self._keeps_gradients else MAX_FREED_IN_FLIGHT,
         )
 
     def local_shards(self) -> dict[str, dict[str, Tensor]]:

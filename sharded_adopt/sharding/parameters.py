@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_adopt.sharding.buckets import BucketBuffer, view_like
-from sharded_adopt.sharding.collectives import Collectives
+from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.layout import Layout
 
 
@@ -68,11 +68,20 @@ class ShardedParameters:
             tensor.data = view
         return None
 
+    def gather_bucket(self, bucket: int) -> Pending:
+        """Start to fetch every rank's shard of one bucket. Collective; in the same order on every rank."""
+        return self._group.all_gather_(self.buffers[bucket].params, tag=bucket)
+
     def gather(self) -> None:
         """Fetch every rank's shard, so that every parameter is whole again. Collective."""
-        started = [self._group.all_gather_(buffer.params, tag=buffer.index) for buffer in self.buffers]
-        for pending in started:
+        for pending in [self.gather_bucket(bucket) for bucket in range(len(self.buffers))]:
             pending.wait()
-        # Writing through the flat buffer leaves a parameter's version as it was, and a backward through a graph from
-        # before the step would use the new values without a word.
-        torch.autograd.graph.increment_version(self.tensors)
+        self.mark_written(range(len(self.tensors)))
+
+    def mark_written(self, indices: Iterable[int]) -> None:
+        """Tell autograd that these parameters have new values.
+
+        Writing through the flat buffer leaves a parameter's version as it was, and a backward through a graph from
+        before the step would use the new values without a word.
+        """
+        torch.autograd.graph.increment_version([self.tensors[index] for index in indices])

@@ -11,9 +11,10 @@ from sharded_adopt.sharding.layout import Layout
 class MemoryPlan:
     """Bytes on one rank, and bytes that one rank sends for each step.
 
-    `parameters`: the flat buffers that all parameters are views of. `gradients`: the flat buffers of the gradients; 0
-    where somebody else keeps them. `state`: this rank's shard of the optimizer state. `in_flight`: what other ranks
-    sent for the buckets under way, at most. `sent_gradients`, `sent_parameters`: on the wire.
+    `parameters`: the flat buffers that all parameters are views of. `gradients`: what is kept of them between backward
+    and step: whole flat buffers, this rank's shards of them, or 0 where somebody else keeps them. `state`: this rank's
+    shard of the optimizer state. `in_flight`: what other ranks sent for the buckets under way, at most.
+    `sent_gradients`, `sent_parameters`: on the wire, in a step in which every parameter has a gradient.
     """
 
     world_size: int
@@ -36,7 +37,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    layout: Layout, state_nbytes_per_element: dict[str, int], reduces_gradients: bool, buckets_in_flight: int
+    layout: Layout,
+    state_nbytes_per_element: dict[str, int],
+    reduces_gradients: bool,
+    shards_gradients: bool,
+    buckets_in_flight: int,
 ) -> MemoryPlan:
     """Add up what `layout` needs.
 
@@ -50,7 +55,7 @@ def plan_memory(
     return MemoryPlan(
         world_size=layout.world_size,
         parameters=sum(buffers),
-        gradients=sum(buffers) if reduces_gradients else 0,
+        gradients=0 if not reduces_gradients else sum(shards) if shards_gradients else sum(buffers),
         state=sum(b.shard_numel * state_nbytes_per_element[b.key.dtype] for b in layout.buckets),
         in_flight=sum(largest) * (layout.world_size - 1) if reduces_gradients else 0,
         sent_gradients=to_others if reduces_gradients else 0,

@@ -10,6 +10,11 @@ the bucket held is dropped. Where it is None, there is none. This also holds onc
 in this rank's segment is then *carried*, that is, put aside before anything is added to the bucket, the bucket is
 reduced again with what came late, and the carried mean is added to the result.
 
+[Note: kept and freed gradients] Kept (ZeRO-1), every bucket has a flat buffer for ever, `param.grad` is a view of it,
+and the mean replaces this rank's slice. Freed (ZeRO-2), a bucket borrows a buffer from its first gradient until it is
+reduced, `param.grad` is None from then on, and the mean has memory of its own. There what the user drops can only be
+seen in the optimizer's `zero_grad`.
+
 [Note: errors in a round] What a user did wrong is kept, not raised, until the exchange: a rank that left backward or
 the reductions early would leave the others waiting. The exchange makes every rank raise. An error of the connection is
 raised at once, because the others get one too.
@@ -25,13 +30,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sharded_adopt.sharding.buckets import BucketBuffer
+from sharded_adopt.sharding.buckets import BucketBuffer, view_like
 from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.gradients import Verdict, sparse_gradient
 from sharded_adopt.sharding.layout import Layout, ParamSpec, Placement, Segment
+from sharded_adopt.sharding.scratch import Scratch
 
-# A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory.
-MAX_BUCKETS_IN_FLIGHT = 2
+# A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory. Freed gradients
+# are in flight one bucket at a time, so that with the one that fills there are never more than three buckets' worth.
+MAX_KEPT_IN_FLIGHT, MAX_FREED_IN_FLIGHT = 2, 1
 
 
 @dataclass(slots=True)
@@ -40,6 +47,7 @@ class _Round:
 
     launched: bool = False
     ready: set[int] = field(default_factory=set)  # had their hook in a backward that synchronises
+    taken: set[int] = field(default_factory=set)  # moved out of `param.grad` before the launch (freed gradients)
     first: set[int] = field(default_factory=set)  # had a gradient when the bucket was launched
     dropped: set[int] = field(default_factory=set)  # of those: dropped or replaced by the user since
     again: set[int] = field(default_factory=set)  # got a gradient since
@@ -47,7 +55,11 @@ class _Round:
 
 
 class _BucketReduction:
-    """One bucket's gradients through one round after another."""
+    """One bucket's gradients through one round after another. See [Note: kept and freed gradients].
+
+    `flat`: 1-D, padded_numel elements, what is to be reduced; None while freed. `mean`: 1-D, shard_numel elements, this
+    rank's slice of the result. `carry`: like `mean`, what is to be added to the next result, or None.
+    """
 
     def __init__(
         self,
@@ -55,70 +67,113 @@ class _BucketReduction:
         params: Sequence[Tensor],
         specs: Sequence[ParamSpec],
         errors: list[Exception],
+        scratch: Scratch,
     ) -> None:
         self.buffer = buffer
-        self._errors = errors
-        self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
+        self.keeps = buffer.grads is not None
         self.specs = specs
+        self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
+        self.placements: dict[int, Placement] = {p.param: p for p in buffer.bucket.placements}
+        self._errors = errors
+        self._scratch = scratch
         self.views: dict[int, Tensor] = {}
-        self.placements: dict[int, Placement] = {}
-        for placement in buffer.bucket.placements:
-            self.placements[placement.param] = placement
-            self.views[placement.param] = buffer.grad_view(placement, params[placement.param])
-        self.carry: Tensor | None = None  # 1D, shard_numel
-        self.holds_step = False  # what is in the buffer was used by a step already
+        self.flat: Tensor | None = None
+        self.carry: Tensor | None = None
         self.pending: Pending | None = None
         self.version = 0
+        self.holds_step = False  # what is in the kept buffer was used by a step already
         self.round = _Round()
+        if buffer.grads is not None:
+            self._use(buffer.grads)
+            self.mean = buffer.grads[buffer.shard]
+        else:
+            self.mean = buffer.params.new_zeros(buffer.bucket.shard_numel)
 
-    @property
-    def grads(self) -> Tensor:
-        """The flat gradients, 1-D."""
-        assert self.buffer.grads is not None
-        return self.buffer.grads
+    def _use(self, flat: Tensor) -> Tensor:
+        self.flat = flat
+        for index, placement in self.placements.items():
+            self.views[index] = view_like(flat, placement.start, self.params[index])
+        return flat
+
+    def opened(self) -> Tensor:
+        """The flat buffer, borrowed and zeroed where none is held."""
+        if self.flat is not None:
+            return self.flat
+        return self._use(self._scratch.take(self.buffer.bucket.padded_numel, self.buffer.params).zero_())
+
+    def _free(self) -> None:
+        if not self.keeps and self.flat is not None:
+            self._scratch.give_back(self.flat)
+            self.flat = None
+            self.views.clear()
 
     def is_full(self) -> bool:
         return all(i in self.round.ready or not p.requires_grad for i, p in self.params.items())
 
+    # --- from param.grad into the bucket ---------------------------------------------------------------------------
+
     def before_accumulation(self) -> None:
-        """Autograd is about to add to `param.grad`: save what must not be added to."""
+        """Autograd is about to add to `param.grad`: where that is the kept buffer, save what must not be added to."""
+        if not self.keeps:
+            return
         if self.round.launched:
             self.reopen()
         elif self.holds_step:
             self.reuse()
 
+    def after_accumulation(self, index: int, is_last: bool) -> None:
+        """Autograd has added to `param.grad`. `is_last`: nothing else is expected of it in this round."""
+        if self.keeps:
+            if self.collect(index) and self.round.launched:
+                self.round.again.add(index)
+        elif is_last and not self.round.launched:
+            self.collect(index)
+        # Otherwise freed gradients wait in `param.grad`, where autograd adds to them.
+
     def collect(self, index: int) -> bool:
-        """Move `param.grad` into the bucket if it is not there yet; return whether there is one."""
-        grad = self.params[index].grad
+        """Move `param.grad` into the bucket if it is not there yet; return whether there is a gradient."""
+        param, spec = self.params[index], self.specs[index]
+        grad = param.grad
         if grad is None:
-            return False
-        view = self.views[index]
+            return index in self.round.taken
         if grad.layout is not torch.strided:
-            self._errors.append(sparse_gradient(self.specs[index].name, grad))
+            self._errors.append(sparse_gradient(spec.name, grad))
             return False
-        if grad.dtype is not view.dtype or grad.device != view.device or grad.shape != view.shape:
+        flat = self.opened()
+        if grad.dtype is not flat.dtype or grad.device != flat.device or grad.shape != self.views[index].shape:
             # The parameter was cast or moved; its values are checked, and the error raised, before the next step.
             return False
-        if not _same_memory(grad, view):
+        if not self.keeps:
+            view = self.views[index]
+            view.add_(grad.detach()) if index in self.round.taken else view.copy_(grad.detach())
+            self.round.taken.add(index)
+            param.grad = None
+        elif not self._is_in_place(index):
             if not self.round.launched:
                 self.forget_carried([index])
-            view.copy_(grad.detach())
-            self.params[index].grad = view
+            self.views[index].copy_(grad.detach())
+            param.grad = self.views[index]
         return True
+
+    def _is_in_place(self, index: int) -> bool:
+        """Whether `param.grad` is the view of the kept buffer."""
+        grad, view = self.params[index].grad, self.views.get(index)
+        return grad is view or (grad is not None and view is not None and _same_memory(grad, view))
 
     def reuse(self) -> None:
         """Begin a round in a buffer that a step has used: keep only the gradients that the user left in place."""
         self.holds_step = False
-        left = [i for i, p in self.params.items() if p.grad is not None and _same_memory(p.grad, self.views[i])]
+        left = [i for i, p in self.params.items() if p.grad is not None and self._is_in_place(i)]
         if left:
             self.put_aside([i for i in self.params if i not in left])
 
+    # --- the mean that is there already ----------------------------------------------------------------------------
+
     def put_aside(self, without: Sequence[int]) -> None:
-        """Carry this rank's segment, except of the parameters `without`, and zero the bucket."""
-        own = self.grads[self.buffer.shard]
-        self.carry = own.clone()
+        """Carry the mean, except of the parameters `without`, and empty the bucket."""
+        self.carry = self.mean.clone()
         self.forget_carried(without)
-        self.grads.zero_()
+        self.opened().zero_()
 
     def forget_carried(self, indices: Sequence[int]) -> None:
         """Take the parameters `indices` out of the carried mean."""
@@ -131,71 +186,87 @@ class _BucketReduction:
             if low < high:
                 self.carry[low - start : high - start].zero_()
 
-    def launch(self, group: Collectives) -> None:
-        """Start to reduce the bucket with what it holds; parameters without a gradient count as zero."""
-        if self.holds_step:
-            self.reuse()
-        for index, view in self.views.items():
-            if self.collect(index):
-                self.round.first.add(index)
-            else:
-                self.forget_carried([index])
-                view.zero_()
-        self.start(group, again=False)
-
-    def start(self, group: Collectives, again: bool) -> None:
-        self.round.launched = True
-        self.pending = group.reduce_scatter_mean_(self.grads, tag=2 * self.buffer.index + again)
-        self.version = self.grads._version
-
-    def finish(self) -> None:
-        """Wait for the mean and add what was carried."""
-        if self.pending is None:
-            return
-        edited = self.version != self.grads._version
-        self.pending.wait()
-        self.pending = None
-        if self.carry is not None:
-            self.grads[self.buffer.shard].add_(self.carry)
-            self.carry = None
-        if edited:
-            names = [self.specs[i].name for i in self.params]
-            self._errors.append(
-                RuntimeError(
-                    f"a gradient of {names} was changed in place while its bucket was being reduced: call "
-                    "synchronize_gradients() before editing gradients, or construct with overlap_grad_reduce=False"
-                )
-            )
-
     def reopen(self) -> None:
         """Make the launched bucket ready to take more. What it held stays as the carried mean."""
         self.finish()
         if not self.round.late:
             self.round.late = True
             self.put_aside(())
+            self.round.taken.clear()
         self.note_dropped()
+
+    # --- reduction -------------------------------------------------------------------------------------------------
+
+    def launch(self, group: Collectives) -> None:
+        """Start to reduce the bucket with what it holds; parameters without a gradient count as zero."""
+        if self.holds_step:
+            self.reuse()
+        self.opened()
+        for index in self.params:
+            if self.collect(index):
+                self.round.first.add(index)
+            else:
+                self.forget_carried([index])
+                self.views[index].zero_()
+        self.start(group, again=False)
+
+    def start(self, group: Collectives, again: bool) -> None:
+        flat = self.opened()
+        self.round.launched = True
+        self.pending = group.reduce_scatter_mean_(flat, tag=2 * self.buffer.index + again)
+        self.version = flat._version
+
+    def check_untouched(self) -> None:
+        """See whether somebody wrote to the bucket while it was on its way."""
+        if self.pending is None or self.flat is None or self.flat._version == self.version:
+            return
+        self.version = self.flat._version
+        names = [self.specs[i].name for i in self.params]
+        self._errors.append(
+            RuntimeError(
+                f"a gradient of {names} was changed in place while its bucket was being reduced: call "
+                "synchronize_gradients() before editing gradients, or construct with overlap_grad_reduce=False"
+            )
+        )
+
+    def finish(self) -> None:
+        """Wait for the mean and add what was carried."""
+        if self.pending is None:
+            return
+        self.check_untouched()
+        flat = self.opened()
+        self.pending.wait()
+        self.pending = None
+        if not self.keeps:
+            self.mean.copy_(flat[self.buffer.shard])
+            self._free()
+        if self.carry is not None:
+            self.mean.add_(self.carry)
+            self.carry = None
 
     def note_dropped(self) -> None:
         """See what the user has done to `param.grad` since the bucket was launched."""
+        if not self.keeps:
+            return
         for index in [i for i in self.round.again if self.params[i].grad is None]:
             self.round.again.discard(index)
             self.views[index].zero_()
         for index in self.round.first - self.round.dropped - self.round.again:
-            grad = self.params[index].grad
-            if grad is None or not _same_memory(grad, self.views[index]):
+            if self.params[index].grad is None or not self._is_in_place(index):
                 self.round.dropped.add(index)
 
     def collect_late(self) -> None:
-        """Take in what the user assigned after the bucket was launched, and note what was dropped."""
+        """Take in what came or was assigned after the bucket was launched, and note what was dropped."""
         self.note_dropped()
         for index, param in self.params.items():
-            if param.grad is not None and not _same_memory(param.grad, self.views[index]):
+            if param.grad is not None and not (self.keeps and self._is_in_place(index)):
                 self.reopen()
                 if self.collect(index):
                     self.round.again.add(index)
 
     def reduce_late(self, group: Collectives, dropped: set[int]) -> None:
         """Reduce the bucket again with what came after its launch; on ranks where nothing came, with zeros."""
+        self.finish()
         if not self.round.late:
             self.put_aside(())
         self.forget_carried([i for i in self.params if i in dropped])
@@ -205,34 +276,52 @@ class _BucketReduction:
         self.round = _Round(launched=True, ready=self.round.ready)
 
     def point_grads(self, present: frozenset[int]) -> None:
-        """Make `param.grad` the view of the bucket for the parameters in `present`, None for the others."""
+        """Make `param.grad` the view of the kept buffer for the parameters in `present`, and None for all others."""
         self.round.first = {index for index in self.params if index in present}
         for index, param in self.params.items():
-            grad = self.views[index] if index in present else None
+            grad = self.views[index] if self.keeps and index in present else None
             if param.grad is not grad:
                 param.grad = grad
 
     def any_nonzero(self) -> bool:
-        """Whether this rank sees a gradient other than zero; read on the host."""
-        if self.carry is not None:
-            return bool(self.carry.any()) or bool(self.grads.any())
-        return bool(self.grads[self.buffer.shard].any())
+        """Whether this rank sees a gradient other than zero; read on the host, once the bucket is finished."""
+        parts = [self.mean] if self.carry is None else [self.carry, self.opened()]
+        return any(bool(part.any()) for part in parts)
+
+    def drop(self) -> None:
+        """The user has dropped all gradients: forget those that are not in `param.grad` any more."""
+        if self.keeps:
+            return
+        self.round.dropped |= self.round.first
+        self.round.taken.clear()
+        if not self.round.launched:
+            self._free()
 
     def close(self) -> None:
         self.round = _Round()
         self.carry = None
-        self.holds_step = True
+        self.holds_step = self.keeps
+
+    def abandon(self) -> None:
+        self.close()
+        self.pending = None
+        self.holds_step = False
+        self.flat = self.flat if self.keeps else None  # not given back: a message may still write into it
+        for param in self.params.values():
+            param.grad = None
 
 
 class GradientReducer:
     """Averages gradients over the ranks, bucket by bucket, while backward runs. See [Note: a round].
 
-    `overlap=False` leaves every reduction to `synchronize`.
+    `overlap=False` leaves every reduction to `agree`. `frees` is ZeRO-2.
     """
 
-    def __init__(self, group: Collectives, overlap: bool) -> None:
+    def __init__(self, group: Collectives, overlap: bool, frees: bool) -> None:
         self._group = group
         self._overlap = overlap
+        self._max_in_flight = MAX_FREED_IN_FLIGHT if frees else MAX_KEPT_IN_FLIGHT
+        self._scratch = Scratch()
         self._syncs = True
         self._layout = Layout(group.world_size, (), ())
         self._buckets: list[_BucketReduction] = []
@@ -245,7 +334,7 @@ class GradientReducer:
         """Take over the parameters and buckets that came behind the known ones. Not within a round."""
         self._layout = layout
         for buffer in buffers[len(self._buckets) :]:
-            bucket = _BucketReduction(buffer, params, layout.params, self._errors)
+            bucket = _BucketReduction(buffer, params, layout.params, self._errors, self._scratch)
             self._buckets.append(bucket)
             self._of_param.update(dict.fromkeys(bucket.params, bucket))
         self._watch()
@@ -266,41 +355,39 @@ class GradientReducer:
 
     def _after(self, index: int) -> None:
         bucket = self._of_param[index]
-        if bucket.collect(index) and bucket.round.launched:
-            bucket.round.again.add(index)
-        if not self._syncs:
-            return
-        bucket.round.ready.add(index)
-        if self._overlap:
-            self._launch_full()
-
-    def _launch_full(self) -> None:
-        while self._next < len(self._buckets) and self._buckets[self._next].is_full():
-            self._launch_next()
+        reduces = self._syncs and self._overlap
+        bucket.after_accumulation(index, is_last=reduces)
+        if self._syncs:
+            bucket.round.ready.add(index)
+        if reduces:
+            while self._next < len(self._buckets) and self._buckets[self._next].is_full():
+                self._launch_next()
 
     def _launch_next(self) -> None:
-        if self._next >= MAX_BUCKETS_IN_FLIGHT:
-            self._buckets[self._next - MAX_BUCKETS_IN_FLIGHT].finish()
+        if self._next >= self._max_in_flight:
+            self._buckets[self._next - self._max_in_flight].finish()
         self._buckets[self._next].launch(self._group)
         self._next += 1
 
-    def synchronize(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
-        """Reduce what is not reduced yet and agree on the round.
+    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+        """Launch the buckets that are left, exchange what happened, and reduce again what came late.
 
-        Afterwards this rank's segment of every bucket holds the mean, and `param.grad` is the view of its bucket where
-        any rank had a gradient, else None.
+        Once all buckets are finished, this rank's slice of each holds the mean. Kept, `param.grad` is the view of its
+        bucket where any rank had a gradient; else it is None.
 
-        Raises on every rank: `TypeError` for a sparse gradient, `RuntimeError` where a gradient was edited while it was
-        being reduced or dropped on some ranks only.
+        Raises on every rank: `problem`, `TypeError` for a sparse gradient, `RuntimeError` where a gradient was edited
+        while it was being reduced or dropped on some ranks only.
         """
         if problem is not None:
             self._errors.insert(0, problem)
         while self._next < len(self._buckets):
             self._launch_next()
         for bucket in self._buckets:
-            bucket.finish()
+            bucket.check_untouched()
             bucket.collect_late()
-        verdict, late, dropped = self._agree(ask_nonzero)
+        if ask_nonzero:
+            self.finish_all()
+        verdict, late, dropped = self._exchange(ask_nonzero)
         for index in late:
             self._buckets[index].reduce_late(self._group, dropped)
         for bucket in self._buckets:
@@ -308,7 +395,16 @@ class GradientReducer:
         self._watch()
         return verdict
 
-    def _agree(self, ask_nonzero: bool) -> tuple[Verdict, list[int], set[int]]:
+    def finish(self, bucket: int) -> None:
+        """Wait for the averaged gradients of a bucket."""
+        self._buckets[bucket].finish()
+
+    def finish_all(self) -> None:
+        """Wait for all of them."""
+        for bucket in self._buckets:
+            bucket.finish()
+
+    def _exchange(self, ask_nonzero: bool) -> tuple[Verdict, list[int], set[int]]:
         """The one exchange of a round. Returns the verdict, the buckets to reduce again, and the dropped parameters."""
         error = self._errors[0] if self._errors else None
         params, buckets = len(self._layout.params), len(self._buckets)
@@ -321,10 +417,7 @@ class GradientReducer:
             again[list(bucket.round.again)] = 1
             late[number] = bucket.round.late
             if ask_nonzero and not nonzero:
-                carried = bucket.carry is not None and bool(bucket.carry.any())
-                nonzero[0] = carried or bool(
-                    (bucket.grads if late[number] else bucket.grads[bucket.buffer.shard]).any()
-                )
+                nonzero[0] = bucket.any_nonzero()
         failed = torch.tensor([error is not None], dtype=torch.uint8)
         message = torch.cat([kept, dropped, again, late, nonzero, failed])
         self._group.max_(message)
@@ -337,6 +430,7 @@ class GradientReducer:
                 "must do the same before step()"
             )
         if failed or disputed:
+            self.finish_all()
             self.abandon()
             self._group.raise_together(error)
         present = torch.nonzero((kept | again) != 0).flatten().tolist()
@@ -345,13 +439,17 @@ class GradientReducer:
         return verdict, torch.nonzero(late).flatten().tolist(), gone
 
     def segment_grad(self, segment: Segment) -> Tensor:
-        """The averaged gradient of `segment`, 1-D: the view of its bucket."""
-        buffer = self._buckets[segment.bucket].buffer
-        return buffer.segment(self._buckets[segment.bucket].grads, segment)
+        """The averaged gradient of `segment`, 1-D: a view of its bucket's mean."""
+        return self._buckets[segment.bucket].mean[segment.shard_start : segment.shard_start + segment.numel]
 
     def grads(self, verdict: Verdict) -> list[Tensor]:
-        """This rank's slice of every bucket: the rest of a bucket is unspecified."""
-        return [bucket.grads[bucket.buffer.shard] for bucket in self._buckets]
+        """This rank's slice of every bucket's mean."""
+        return [bucket.mean for bucket in self._buckets]
+
+    def drop(self) -> None:
+        """The user has dropped all gradients through the optimizer."""
+        for bucket in self._buckets:
+            bucket.drop()
 
     def close_round(self) -> None:
         """A step has used the gradients: what is still there at the next backward is added to, as in torch."""
@@ -370,13 +468,10 @@ class GradientReducer:
 
     def abandon(self) -> None:
         """Forget the round and what is under way; all gradients are None afterwards. Not a collective."""
-        self.close_round()
+        self._next = 0
         self._errors.clear()
         for bucket in self._buckets:
-            bucket.pending = None
-            bucket.holds_step = False
-            for param in bucket.params.values():
-                param.grad = None
+            bucket.abandon()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,12 @@ class ShardedState:
         self._layout = layout
         self.places: tuple[Segment, ...] = layout.segments(group.rank)
         self._segments = segments
+        # The parameters of each bucket, by their index.
+        self.members: list[list[int]] = [[p.param for p in bucket.placements] for bucket in layout.buckets]
 
     def of(self, index: int) -> StateOfParam:
         """The live state of parameter `index`; empty where the optimizer has made none yet."""
-        return self._inner.state.get(self._segments[index], {})
+        return self._inner.state_of(self._segments[index])
 
     def wrapped(self, index: int, known: StateOfParam) -> StateOfParam:
         """The state of parameter `index` for `optimizer.state` and `state_dict()`.
@@ -144,7 +146,7 @@ class ShardedState:
     def load(self, cut: Mapping[int, StateOfParam]) -> None:
         """Write state that `check` has returned. Parameters that are not in it go back to how they began."""
         for index, segment in enumerate(self._segments):
-            own = self._inner.state[segment]
+            own = self._inner.state_of(segment)
             entries = cut.get(index, {})
             for key, value in own.items():
                 if key not in entries and isinstance(value, Tensor):

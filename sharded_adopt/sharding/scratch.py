@@ -1,0 +1,31 @@
+"""Memory that is borrowed and given back within a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Flat tensors to borrow: memory that is used again costs no page faults.
+
+    As many stay as were ever out at one time. A borrowed tensor holds anything.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """A 1-D tensor of `numel` elements with the dtype and device of `like`."""
+        for position, one in enumerate(self._free):
+            whole = one._base if one._base is not None else one
+            if whole.numel() >= numel and whole.dtype is like.dtype and whole.device == like.device:
+                del self._free[position]
+                return whole[:numel]
+        # Too small for this: let them go rather than keep both.
+        self._free = [one for one in self._free if one.dtype is not like.dtype or one.device != like.device]
+        return torch.empty(numel, dtype=like.dtype, device=like.device)[:]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Return a tensor that `take` has given; nothing may use it any more."""
+        self._free.append(tensor)
