@@ -13,7 +13,7 @@ from oracle import AwkwardModel, batch
 from ranks import run_ranks
 from torch import nn
 
-from sharded_adopt import ADOPT, GradScaler, ShardedADOPT, ShardedOptimizer
+from sharded_adopt import ADOPT, ShardedADOPT, ShardedOptimizer
 
 
 def weights(*sizes: int) -> list[nn.Parameter]:
@@ -85,7 +85,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "overlap_param_gather": True,
         }.items()
     },
-    "GradScaler": (lambda: GradScaler(), NotImplementedError, "GradScaler"),
     "from_adamw": (lambda: ShardedADOPT.from_adamw(ADOPT([shared])), NotImplementedError, "from_adamw"),
     "stats": (lambda: ShardedADOPT([shared]).stats(), NotImplementedError, "stats"),
 }

@@ -120,7 +120,8 @@ class GivenGradients:
 
     def grads(self, verdict: Verdict) -> list[Tensor]:
         """Every present gradient, whole."""
-        return [p.grad for i, p in enumerate(self._params) if i in verdict.present and p.grad is not None]
+        present = (p.grad for i, p in enumerate(self._params) if i in verdict.present)
+        return [grad for grad in present if grad is not None and grad.numel()]
 
     def finish(self, bucket: int) -> None:
         """Nothing to wait for."""

@@ -83,6 +83,11 @@ class InnerOptimizer:
         return made
 
     @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class whose rule is followed and whose state is kept."""
+        return type(self._template)
+
+    @property
     def guards_dummy_step(self) -> bool:
         """Whether a first step with zero gradients must not count: ADOPT would keep v = 0 from it for 10⁴ steps."""
         return isinstance(self._template, ADOPT)

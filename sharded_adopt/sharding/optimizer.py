@@ -255,6 +255,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         is_double = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in self._parameters.tensors)
         return total.to(device=first.device, dtype=torch.float64 if is_double else torch.float32)
 
+    @torch.no_grad()
+    def unscale_gradients_(self, inv_scale: Tensor) -> Tensor:
+        """Multiply the averaged gradient by `inv_scale`; return 1.0 if any of it on any rank is not finite, else 0.0.
+
+        For `sharded_adopt.GradScaler`. Collective. The result is a 0-dim fp32 tensor on the CPU, equal on every rank.
+        """
+        verdict = self.synchronize_gradients()
+        found_inf = torch.zeros(())
+        for grad in self._gradients.grads(verdict):
+            grad.mul_(inv_scale.to(device=grad.device))
+            # The sum of zeros is zero, and of anything with an inf or a NaN in it is not.
+            found_inf = torch.maximum(found_inf, (~torch.isfinite((grad * 0).sum())).float().cpu())
+        self._collectives.max_(found_inf)
+        return found_inf
+
+    def skip_step(self) -> None:
+        """Use up the gradients without a step: parameters, state and step counts stay. Not a collective."""
+        self._gradients.close_round()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of this round, as torch does; with `shard_gradients` also what has been reduced of it."""
         super().zero_grad(set_to_none)
@@ -394,6 +413,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The ranks that share this optimizer."""
         return self._collectives
 
+    @property
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The class whose rule is followed and whose state this is."""
+        return self._inner.optimizer_class
+
     def memory_plan(self) -> MemoryPlan:
         """Bytes that this optimizer holds on this rank, and sends in a step."""
         return plan_memory(
@@ -417,7 +441,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Mapping[str, object]]) -> None:
-        """Write what `local_shards` and `plain_groups` have given, at any world size, and gather. Collective."""
+        """Write what `local_shards` and `plain_groups` have given, at any world size, and gather. Collective.
+
+        Raises `ValueError` or `TypeError`, with nothing changed, for hyperparameters that the optimizer refuses.
+        """
+        hyperparameters = [from_json(group) for group in groups]
+        self._inner.load_groups(hyperparameters)
         index_of = {spec.name: index for index, spec in enumerate(self.layout.params)}
         cut: dict[int, dict[str, Any]] = {}
         for name, tensors in shards.items():
@@ -425,7 +454,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._parameters.segments[index].copy_(tensors["param"])
             cut[index] = {key: value for key, value in tensors.items() if key != "param"}
         self._state.load(cut)
-        self._load_groups([from_json(group) for group in groups])
+        self._load_groups(hyperparameters)
         self._parameters.gather()
 
     def plain_groups(self) -> list[dict[str, object]]:

@@ -443,8 +443,9 @@ class GradientReducer:
         return self._buckets[segment.bucket].mean[segment.shard_start : segment.shard_start + segment.numel]
 
     def grads(self, verdict: Verdict) -> list[Tensor]:
-        """This rank's slice of every bucket's mean."""
-        return [bucket.mean for bucket in self._buckets]
+        """This rank's segments of the mean. Not whole slices: what lies between parameters must stay zero."""
+        places = self._layout.segments(self._group.rank)
+        return [self.segment_grad(place) for place in places if place.param in verdict.present and place.numel]
 
     def drop(self) -> None:
         """The user has dropped all gradients through the optimizer."""
