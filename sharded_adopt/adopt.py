@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from sharded_adopt import foreign, options
+from sharded_adopt import options
 from sharded_adopt.clipping import PowerClip, as_clip
 from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
 from sharded_adopt.gathering import Gathered, Memory
-from sharded_adopt.kernels import Kernels, check_choice
+from sharded_adopt.kernels import Kernels
 from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
+from sharded_adopt.loading import checked_group, pack_groups, reveal_state, unpack
 from sharded_adopt.options import StateDtype
 
 __all__ = ["ADOPT", "ADOPTW", "adopt", "has_nonzero", "has_nonzero_on_device"]
@@ -112,7 +113,7 @@ class ADOPT(Optimizer):
             }
         )
         super().__init__(params, defaults)
-        self.register_state_dict_post_hook(_pack_groups)
+        self.register_state_dict_post_hook(pack_groups)
 
     @classmethod
     def from_adamw(cls, optimizer: Optimizer, **overrides: Any) -> ADOPT:
@@ -126,7 +127,7 @@ class ADOPT(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does. Its options are checked; a parameter that is in the optimizer already is named."""
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
-            param_group.update(_checked({**self.defaults, **param_group}))
+            param_group.update(checked_group({**self.defaults, **param_group}))
             params = param_group["params"]
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             self._check_params(param_group)
@@ -138,7 +139,9 @@ class ADOPT(Optimizer):
             name, param = entry if isinstance(entry, tuple) else (f"number {index} of the group", entry)
             if not isinstance(param, Tensor):
                 continue  # torch says what is wrong with it
-            options.state_dtypes(param, param_group["state_dtype"])
+            _, exp_avg_sq_dtype = options.state_dtypes(param, param_group["state_dtype"])
+            if param_group["differentiable"] and exp_avg_sq_dtype.itemsize == 2:
+                raise ValueError(f"differentiable=True needs a wider exp_avg_sq than state_dtype={exp_avg_sq_dtype}")
             if id(param) in seen:
                 raise ValueError(
                     f"parameter {name} (shape {tuple(param.shape)}) is in the optimizer already; list it once"
@@ -153,7 +156,7 @@ class ADOPT(Optimizer):
         if group is None:
             group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
         exp_avg_dtype, exp_avg_sq_dtype = options.state_dtypes(param, group["state_dtype"])
-        state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=options.step_device(param, group))
         state["exp_avg"] = torch.zeros_like(param, dtype=exp_avg_dtype, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=exp_avg_sq_dtype, memory_format=torch.preserve_format)
 
@@ -172,6 +175,7 @@ class ADOPT(Optimizer):
         return loss
 
     def _update(self) -> None:
+        self._refuse_capture_unless_capturable()
         found_inf = _scalar(self, "found_inf")
         calls, every_step = self._gather()
         counts = self._counts(calls, every_step, found_inf)
@@ -208,6 +212,15 @@ class ADOPT(Optimizer):
                 init=group["init"],
                 offsets=call.offsets,
                 step_increment=None if counts is True else counts,
+            )
+
+    def _refuse_capture_unless_capturable(self) -> None:
+        """A CUDA graph would record the steps and clip bounds of this call as constants and repeat them for ever."""
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+            return
+        if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph; construct the optimizer with capturable=True"
             )
 
     def _gather(self) -> tuple[list[Gathered], list[Tensor]]:
@@ -256,7 +269,8 @@ class ADOPT(Optimizer):
             if grad is not None:
                 if grad.layout != torch.strided:
                     raise RuntimeError(
-                        f"ADOPT needs dense gradients, that of parameter {_name(group, index)} is {grad.layout}; "
+                        "ADOPT needs dense gradients, that of parameter "
+                        f"{options.parameter_name(group, index)} is {grad.layout}; "
                         "use sparse=False, or torch.optim.SparseAdam for this parameter"
                     )
                 self.init_state(param, group)
@@ -305,7 +319,7 @@ class ADOPT(Optimizer):
         changed, where the dict does not fit or holds what cannot be carried over.
         """
         # Registered last, so that the user's own hooks have seen and adapted the dict before.
-        handle = self.register_load_state_dict_pre_hook(_unpack)
+        handle = self.register_load_state_dict_pre_hook(unpack)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -317,17 +331,13 @@ class ADOPT(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over an unpickled state, or a loaded one: `torch.optim.Optimizer.load_state_dict` ends here."""
-        for group in state["param_groups"]:
-            for index, param in enumerate(group["params"]):
-                kept = state["state"].get(param)
-                if isinstance(kept, _Kept):
-                    state["state"][param] = _fitted(kept.values, param, group, _name(group, index))
-        for key, kept in state["state"].items():
-            if isinstance(kept, _Kept):
-                state["state"][key] = kept.values
+        reveal_state(state)
         super().__setstate__(state)
+        for group in self.param_groups:  # an old pickle may lack what has been added since
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         if "_is_stepped" not in self.__dict__:  # new from a pickle or a deepcopy, which carry no hooks
-            self.register_state_dict_post_hook(_pack_groups)
+            self.register_state_dict_post_hook(pack_groups)
         # What was remembered of the state that is replaced would keep it alive until the next step.
         self._kernels = Kernels()
         self._memory = None
@@ -349,69 +359,6 @@ class ADOPTW(ADOPT):
         **keywords: Any,
     ) -> None:
         super().__init__(params, lr, betas, eps, clip_lambda, weight_decay, decouple, **keywords)
-
-
-class _Kept:
-    """One parameter's loaded state, hidden from torch, which would cast it to the parameter's dtype."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-
-
-def _checked(group: dict[str, Any]) -> dict[str, Any]:
-    values = options.checked(group)
-    check_choice(foreach=values["foreach"], fused=values["fused"], differentiable=values["differentiable"])
-    return values
-
-
-def _pack_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Post hook of `state_dict`: leave plain data in the groups."""
-    state_dict["param_groups"] = [options.to_data(group) for group in state_dict["param_groups"]]
-
-
-def _unpack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Pre hook of `load_state_dict`: translate, check, and hide the state from torch's casts."""
-    state_dict = foreign.translate(state_dict)
-    groups = state_dict["param_groups"]
-    if len(groups) == len(optimizer.param_groups):  # torch says it where not
-        groups = [options.from_data(new, old) for new, old in zip(groups, optimizer.param_groups, strict=True)]
-        for group in groups:
-            _checked(group)
-    state = {key: _Kept(values) if isinstance(values, dict) else values for key, values in state_dict["state"].items()}
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _fitted(values: dict[str, Any], param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a copy of a parameter's loaded state in the dtypes and on the device that `init_state` would have used."""
-    if not values:
-        return {}
-    fitted = dict(values)
-    for key, dtype in zip(("exp_avg", "exp_avg_sq"), options.state_dtypes(param, group["state_dtype"]), strict=True):
-        value = values.get(key)
-        if not isinstance(value, Tensor) or value.shape != param.shape or value.is_complex() != param.is_complex():
-            expected = f"a {'complex' if param.is_complex() else 'real'} tensor of shape {tuple(param.shape)}"
-            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"state of parameter {name}: {key} must be {expected}, the state dict holds {found}")
-        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
-    if "step" not in values:
-        raise ValueError(f"state of parameter {name}: the state dict holds no step, only {sorted(values)}")
-    step = torch.as_tensor(values["step"]).detach().reshape(())
-    fitted["step"] = step.to(device=_step_device(param, group), dtype=torch.float32, copy=True)
-    return fitted
-
-
-def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """On the CPU a step can be read at no cost; a kernel that may not read it needs it beside the parameter."""
-    return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
-
-
-def _name(group: dict[str, Any], index: int) -> str:
-    """What to call a parameter in an error: its name if it has one, else its place and shape."""
-    if "param_names" in group:
-        return str(group["param_names"][index])
-    return f"number {index} of its group (shape {tuple(group['params'][index].shape)})"
 
 
 def _scalar(optimizer: Optimizer, name: str) -> Tensor | None:
@@ -453,7 +400,7 @@ def adopt(
     step_increment: Tensor | None = None,
     kernels: Kernels | None = None,
 ) -> None:
-    """Update lists of parameters and their state in place; the functional form of `ADOPT`, under `torch.no_grad()`.
+    """Update lists of parameters and their state in place; the functional form of `ADOPT`.
 
     The lists run in parallel; a parameter, its gradient, exp_avg and exp_avg_sq share a shape, each of `state_steps`
     is a 0-dim tensor. `grads` are only read. `offsets[i]` is the index of the first element of `params[i]` in the
@@ -467,33 +414,34 @@ def adopt(
         raise ValueError("state_steps must hold 0-dim tensors, they are advanced in place")
     if init not in options.INITS:
         raise ValueError(f"init must be one of {options.INITS}, got {init!r}")
-    _run(
-        kernels or Kernels(),
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        state_steps,
-        foreach=foreach,
-        fused=fused,
-        has_complex=has_complex or any(param.is_complex() for param in params),
-        capturable=capturable,
-        differentiable=differentiable,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        clip_lambda=as_clip(clip_lambda),
-        weight_decay=weight_decay,
-        decouple=decouple,
-        eps=eps,
-        maximize=maximize,
-        nesterov=nesterov,
-        init=init,
-        offsets=offsets,
-        step_increment=step_increment,
-    )
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        _run(
+            kernels or Kernels(),
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            state_steps,
+            foreach=foreach,
+            fused=fused,
+            has_complex=has_complex or any(param.is_complex() for param in params),
+            capturable=capturable,
+            differentiable=differentiable,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            clip_lambda=as_clip(clip_lambda),
+            weight_decay=weight_decay,
+            decouple=decouple,
+            eps=eps,
+            maximize=maximize,
+            nesterov=nesterov,
+            init=init,
+            offsets=offsets,
+            step_increment=step_increment,
+        )
 
 
 def _run(

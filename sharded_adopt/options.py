@@ -131,3 +131,15 @@ def from_data(data: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, 
     options = {name: value for name, value in current.items() if name not in ("params", "param_names")}
     group.update(checked({**options, **group}))
     return group
+
+
+def step_device(param: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Return where `step` lives: on the CPU, where a host reads it for free, unless a kernel may not be read from."""
+    return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def parameter_name(group: Mapping[str, Any], index: int) -> str:
+    """Return what to call a parameter in an error: its name if it has one, else its place and shape."""
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    return f"number {index} of its group (shape {tuple(group['params'][index].shape)})"

@@ -104,6 +104,30 @@ def test_dummy_verdict_is_one_for_the_mesh(capturable):
         assert run_ranks(2, verdict_of, capturable, zero_ranks) == [[step] * 6] * 2
 
 
+def with_scaler(rank: int, world_size: int, overflow_on: int | None) -> tuple[list[Any], float]:
+    model = shard(make_model())
+    optimizer = ADOPT(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step, batch in enumerate(batches()):
+        optimizer.zero_grad()
+        scaler.scale(model(batch).square().mean()).backward()
+        if step == 2 and rank == overflow_on:
+            next(model.parameters()).grad.to_local().fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+    return full_state(model, optimizer), scaler.get_scale()
+
+
+def test_an_overflow_in_one_ranks_shard_skips_the_step_on_both():
+    plain = [state for state, _ in run_ranks(2, with_scaler, None)]
+    results = run_ranks(2, with_scaler, 1)
+    assert [scale for _, scale in results] == [2.0**7] * 2
+    for state, _ in results:
+        assert [step.item() for *_, step in state] == [STEPS - 1.0] * 6
+        assert all(v.isfinite().all() for _, _, v, _ in state)
+    assert [step.item() for *_, step in plain[0]] == [float(STEPS)] * 6
+
+
 def through_dcp(rank: int, world_size: int, options: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
     from torch.distributed.checkpoint import state_dict as dcp
 

@@ -538,6 +538,33 @@ def test_functional_form_refuses_lists_that_do_not_fit():
     adopt([], [], [], [], [], **FUNCTIONAL)
 
 
+def test_functional_form_needs_no_no_grad_around_it():
+    p = param(4)
+    lists = functional_lists()
+    for _ in range(2):
+        adopt([p], *lists[1:], **FUNCTIONAL)
+    assert p.is_leaf
+    assert p.requires_grad
+
+
+def test_capture_into_a_cuda_graph_needs_capturable(monkeypatch):
+    """There is no GPU in the tests: torch is made to say that it is capturing."""
+    p = param(2)
+    optimizer = ADOPT([p])
+    p.grad = torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer.step()
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+
+
+def test_differentiable_with_a_16_bit_exp_avg_sq_is_refused():
+    with pytest.raises(ValueError, match="differentiable"):
+        ADOPT([param(2)], differentiable=True, state_dtype=BF16)
+
+
 def test_repr_shows_the_clip():
     assert "clip_lambda: PowerClip(exponent=0.25, scale=1.0)" in repr(ADOPT([param(1)]))
 

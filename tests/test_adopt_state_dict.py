@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -212,6 +213,26 @@ def test_state_dict_and_load_hooks_see_and_change_plain_data():
     other.register_load_state_dict_post_hook(lambda o: seen.append(o.param_groups[0]["clip_lambda"]))
     other.load_state_dict(state_dict)
     assert seen[-1] == PowerClip(0.5)
+
+
+def test_fused_in_a_dict_is_dropped_where_there_is_no_fused_kernel(monkeypatch):
+    """Which kernel there is belongs to the machine; a checkpoint of one with a compiler must load on one without."""
+    loading = sys.modules["sharded_adopt.loading"]
+    state_dict = ADOPT([param(2)]).state_dict()
+    state_dict["param_groups"][0]["fused"] = True
+    other = ADOPT([param(2)])
+    monkeypatch.setattr(loading, "fused_is_available", lambda: False)
+    other.load_state_dict(state_dict)
+    assert other.param_groups[0]["fused"] is None
+
+
+def test_an_old_pickle_without_todays_options_gets_the_defaults():
+    optimizer = ADOPT([param(2)], nesterov=True)
+    state = optimizer.__getstate__()
+    del state["param_groups"][0]["init"]
+    other = ADOPT.__new__(ADOPT)
+    other.__setstate__(state)
+    assert other.param_groups[0]["init"] == "parameter"
 
 
 def test_other_entries_of_groups_and_state_travel_along():

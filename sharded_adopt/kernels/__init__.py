@@ -13,10 +13,11 @@ from torch.nn import Parameter
 
 from sharded_adopt.clipping import Clip
 from sharded_adopt.kernels.foreach import adopt_foreach_
-from sharded_adopt.kernels.fused import FusedAdopt, is_available, supports, why_unavailable
+from sharded_adopt.kernels.fused import FusedAdopt, supports, why_unavailable
+from sharded_adopt.kernels.fused import is_available as fused_is_available
 from sharded_adopt.kernels.reference import adopt_reference_
 
-__all__ = ["Kernel", "Kernels", "check_choice"]
+__all__ = ["Kernel", "Kernels", "check_choice", "fused_is_available"]
 
 
 class Kernel(Protocol):
@@ -60,7 +61,7 @@ def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bo
             raise ValueError(
                 f"{name}=True and differentiable=True exclude each other; only single tensors have autograd"
             )
-    if fused and not is_available():
+    if fused and not fused_is_available():
         raise ValueError(f"fused=True: {why_unavailable()}; leave fused out for the fastest kernel there is")
 
 
@@ -92,7 +93,7 @@ class Kernels:
             if fused:
                 kinds = {tuple(f"{t.device.type} {t.dtype}" for t in row) for row in zip(params, grads, strict=True)}
                 raise ValueError(f"fused=True does not support these (parameter, gradient): {sorted(kinds)}")
-            if not torch.compiler.is_compiling() and not is_available():
+            if not torch.compiler.is_compiling() and not fused_is_available():
                 _say_once(f"ADOPT runs its foreach kernel instead of the fused one: {why_unavailable()}")
         if foreach is None:
             foreach = not differentiable and all(type(param) in (Tensor, Parameter) for param in params)
