@@ -141,6 +141,9 @@ def adopt_foreach_(
         if vs is not block.exp_avg_sqs:
             _store_exp_avg_sqs_(block, vs)
 
+    if state_steps and step_increment is None and skipped is None:
+        torch._foreach_add_(list(state_steps), torch.ones(()), alpha=1)  # a Python 1 would be wrapped once a step
+        return
     for step in state_steps:
         advance_(step, step_increment, skipped)
 
@@ -205,7 +208,11 @@ def _add_scaled_(targets: _Tensors, sources: _Tensors, scale: float | Tensor) ->
 
 def _clip_(normed_grads: _Tensors, clip_lambda: Clip | None, steps: list[int | Tensor]) -> None:
     """Clamp each tensor in place to the bound of its own step."""
-    bounds = [clip_bound(clip_lambda, step) for step in steps]
+    if isinstance(steps[0], int):
+        of_step = {step: clip_bound(clip_lambda, step) for step in dict.fromkeys(steps)}
+        bounds = [of_step[step] for step in steps]
+    else:
+        bounds = [clip_bound(clip_lambda, step) for step in steps]
     numbers = [bound for bound in bounds if isinstance(bound, float)]
     if len(numbers) < len(bounds):
         for normed_grad, bound in zip(normed_grads, bounds, strict=True):

@@ -350,18 +350,24 @@ struct job {
     _Atomic int64_t next;
 };
 
-/* Asks for the cache lines that `find` will read of a later row. Where a tensor keeps what is a guess (its address first
- * in the handle, the storage's address third in the tensor); a wrong guess costs a useless prefetch, which never faults. */
-static inline void prefetch_row(const struct plan *plan, int64_t i) {
-    if (i + 2 < plan->rows)
+/* Asks for the cache lines that `find` will read of later rows: the handles, what they point to, the storage. Where a
+ * tensor keeps what is a guess (its address first in the handle, the storage's address third in the tensor); a wrong
+ * guess costs a useless prefetch, which never faults. Inlined by force: GCC drops calls of a function that only
+ * prefetches. */
+static ALWAYS_INLINE void prefetch_row(const struct plan *plan, int64_t i) {
+    enum { FAR = 3, MIDDLE = 2, NEAR = 1 };
+    if (i + FAR < plan->rows)
+        for (int c = 0; c < COLUMNS; c++)
+            __builtin_prefetch(plan->row[i + FAR].tensor[c]);
+    if (i + MIDDLE < plan->rows)
         for (int c = 0; c < COLUMNS; c++) {
-            const char *tensor = *(const char *const *)plan->row[i + 2].tensor[c];
+            const char *tensor = *(const char *const *)plan->row[i + MIDDLE].tensor[c];
             for (int line = 0; line < 4; line++)
                 __builtin_prefetch(tensor + 64 * line);
         }
-    if (i + 1 < plan->rows)
+    if (i + NEAR < plan->rows)
         for (int c = 0; c < COLUMNS; c++) {
-            const char *storage = (*(const char *const *const *)plan->row[i + 1].tensor[c])[2];
+            const char *storage = (*(const char *const *const *)plan->row[i + NEAR].tensor[c])[2];
             __builtin_prefetch(storage);
             __builtin_prefetch(storage + 64);
         }
@@ -378,6 +384,13 @@ static int continues(const struct run *run, const struct run *next) {
             return 0;
     return run->step == next->step &&
         (!rounds_by_index(run->dtype[EXP_AVG_SQ]) || run->first_index + run->numel == next->first_index);
+}
+
+/* Asks for the start of a run while the one before it is still being updated. */
+static ALWAYS_INLINE void prefetch_data(const struct run *run) {
+    for (int c = PARAM; c <= EXP_AVG_SQ; c++)
+        for (int line = 0; line < 4; line++)
+            __builtin_prefetch(run->at[c] + 64 * line, c != GRAD);
 }
 
 /* Elements [from, to) of the list: neighbours in memory join into runs, each run is updated in one call. */
@@ -414,6 +427,7 @@ static void update_range(struct job *job, int64_t from, int64_t to) {
                     piece.dtype[c] = found.dtype[c];
                     piece.at[c] = found.at[c] + begin * size_of(found.dtype[c]);
                 }
+                prefetch_data(&piece);
                 if (run.numel && continues(&run, &piece)) {
                     run.numel += piece.numel;
                 } else {
@@ -508,6 +522,21 @@ EXPORT void sharded_adopt_plan_left(const struct plan *plan, uint8_t *left) {
         left[i] = (uint8_t)plan->row[i].left;
 }
 
+/* Gradients are let go after every step: kept, they would outlive zero_grad(). */
+static void release_grads(struct plan *plan) {
+    enum { FAR = 32, NEAR = 16 };
+    for (int64_t i = 0; i < plan->rows; i++) {
+        struct row *row = &plan->row[i];
+        if (i + FAR < plan->rows)
+            __builtin_prefetch(row[FAR].tensor[GRAD]);
+        if (i + NEAR < plan->rows && row[NEAR].tensor[GRAD])
+            __builtin_prefetch(*(const char *const *)row[NEAR].tensor[GRAD], 1);
+        if (row->tensor[GRAD])
+            torch.delete_tensor(row->tensor[GRAD]);
+        row->tensor[GRAD] = NULL;
+    }
+}
+
 /* ---- the operators ---- */
 
 /* _bind(int plan, int column, Tensor[] tensors) -> int: the plan takes a reference to each tensor of a column. Returns 0,
@@ -526,11 +555,7 @@ static void update_boxed(stable_value *stack, uint64_t arguments, uint64_t resul
     (void)arguments;
     (void)results;
     stack[0] = (stable_value)(take_column(plan, GRAD, (handle)stack[2]) ? update(plan, rule) : -1);
-    for (int64_t i = 0; i < plan->rows; i++) /* gradients are let go: kept, they would outlive zero_grad() */
-        if (plan->row[i].tensor[GRAD]) {
-            torch.delete_tensor(plan->row[i].tensor[GRAD]);
-            plan->row[i].tensor[GRAD] = NULL;
-        }
+    release_grads(plan);
 }
 
 /* Takes the addresses of torch's functions, in the order of `torch` above, and registers the operators once.
