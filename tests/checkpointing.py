@@ -96,6 +96,10 @@ class PlainOptimizer:
         self.loads += 1
         self.collectives.barrier()
 
+    def check_groups(self, groups: Sequence[Mapping[str, object]]) -> None:
+        if any(group["lr"] == 0.0 for group in groups):
+            raise ValueError("lr must be positive here")
+
     def plain_groups(self) -> list[dict[str, object]]:
         return [dict(group) for group in self.groups]
 

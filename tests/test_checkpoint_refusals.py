@@ -118,6 +118,12 @@ def test_a_hyperparameter_of_another_kind_is_refused(tmp_path: Path) -> None:
         other.groups[1][key] = value
         with pytest.raises(CheckpointMismatch, match=f"group 1: {key} is"):
             checkpoint.load(tmp_path, optimizer=other)
+    optimizer.groups[0]["lr"] = 0.0
+    checkpoint.save(tmp_path / "zero", step=1, optimizer=optimizer)
+    other = PlainOptimizer(STORED)
+    with pytest.raises(CheckpointMismatch, match="the hyperparameters in the checkpoint: lr must be positive here"):
+        checkpoint.load(tmp_path / "zero", optimizer=other)
+    assert other.loads == 0
     # A tensor for a number, a schedule for none: the values of a checkpoint win.
     other = PlainOptimizer(STORED)
     other.groups[1]["lr"], other.groups[0]["clip_lambda"] = {"tensor": 1.0, "dtype": "float32"}, None
@@ -315,3 +321,22 @@ def test_what_is_not_built_says_so() -> None:
         checkpoint.reshard("source", "target", 2)
     with pytest.raises(NotImplementedError, match="export is not built"):
         checkpoint.export("path", "out", "torch")
+
+
+def _clip(step: float) -> float:
+    return step**0.5
+
+
+def test_a_custom_clip_bound_must_be_there_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Only its name is stored. The optimizer would refuse it after the model had been written: it is asked before."""
+    with_clip = ShardedADOPT(nn.BatchNorm1d(2).named_parameters(), clip_lambda=_clip)
+    saved_model = nn.BatchNorm1d(2)
+    saved_model.running_mean.add_(1)
+    checkpoint.save(tmp_path, step=1, optimizer=with_clip, extra=None)
+    model = nn.BatchNorm1d(2)
+    plain = ShardedADOPT(model.named_parameters())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointMismatch, match="_clip"):
+        checkpoint.load(tmp_path, optimizer=plain, model=None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    checkpoint.load(tmp_path, optimizer=ShardedADOPT(nn.BatchNorm1d(2).named_parameters(), clip_lambda=_clip))

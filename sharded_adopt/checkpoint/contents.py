@@ -46,6 +46,9 @@ class Checkpointable(Protocol):
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Mapping[str, object]]) -> None:
         """Write what `local_shards` and `plain_groups` have given, and fetch the other ranks' parameters."""
 
+    def check_groups(self, groups: Sequence[Mapping[str, object]]) -> None:
+        """Raise what `load_shards` would raise for these groups, with nothing changed."""
+
     def plain_groups(self) -> list[dict[str, object]]:
         """Each group's hyperparameters as JSON, and the names of its parameters under `params`."""
 

@@ -136,22 +136,20 @@ def _match_groups(fit: Fit, manifest: Manifest, optimizer: Checkpointable) -> No
             if key in plain and not _same_kind(value, plain[key])
         ]
         fit.groups.append({**plain, **values, "params": names})
+    if not fit.misshapen:
+        try:
+            optimizer.check_groups(fit.groups)
+        except Exception as error:  # whatever a hyperparameter from a file may provoke
+            fit.misshapen.append(f"the hyperparameters in the checkpoint: {error}")
 
 
 def _same_kind(value: Any, own: Any) -> bool:
-    """Whether `value` may stand where `own` stands: a number for a number, a pair for a pair; None goes with all.
-
-    A custom callable cannot be stored, only its name: it must be here already.
-    """
-    if isinstance(value, dict) and "custom" in value:
-        return bool(value == own)
+    """Whether `value` may stand where `own` stands: a number for a number, a pair for a pair; None goes with all."""
     if value is None or own is None:
         return True
     if isinstance(value, list) or isinstance(own, list):
         pair = isinstance(value, list) and isinstance(own, list) and len(value) == len(own)
         return pair and all(_same_kind(one, other) for one, other in zip(value, own, strict=True))
-    if isinstance(value, dict) and "dtype" in value and value["dtype"] not in dtypes.NAMES:
-        return False
     return isinstance(value, str) == isinstance(own, str)
 
 

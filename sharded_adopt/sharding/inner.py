@@ -175,6 +175,11 @@ class InnerOptimizer:
         self._template.load_state_dict({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
         self.set_groups(self.groups)
 
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise what `load_groups` would raise, with nothing changed."""
+        probe = self._make([{**own, "params": []} for own in self.groups])
+        probe.load_state_dict({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+
     def translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict of another class for the same rule in this class's own words."""
         return foreign.translate(state_dict) if isinstance(self._template, ADOPT) else state_dict

@@ -441,12 +441,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Mapping[str, object]]) -> None:
-        """Write what `local_shards` and `plain_groups` have given, at any world size, and gather. Collective.
-
-        Raises `ValueError` or `TypeError`, with nothing changed, for hyperparameters that the optimizer refuses.
-        """
-        hyperparameters = [from_json(group) for group in groups]
-        self._inner.load_groups(hyperparameters)
+        """Write what `local_shards` and `plain_groups` have given, at any world size, and gather. Collective."""
         index_of = {spec.name: index for index, spec in enumerate(self.layout.params)}
         cut: dict[int, dict[str, Any]] = {}
         for name, tensors in shards.items():
@@ -454,7 +449,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._parameters.segments[index].copy_(tensors["param"])
             cut[index] = {key: value for key, value in tensors.items() if key != "param"}
         self._state.load(cut)
-        self._load_groups(hyperparameters)
+        self._load_groups([from_json(group) for group in groups])
         self._parameters.gather()
 
     def plain_groups(self) -> list[dict[str, object]]:
@@ -464,6 +459,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(plain):
             group["params"] = [spec.name for spec in self.layout.params if spec.group == number]
         return plain
+
+    def check_groups(self, groups: Sequence[Mapping[str, object]]) -> None:
+        """Raise what `load_shards` would raise for these groups, with nothing changed."""
+        self._inner.check_groups([from_json(group) for group in groups])
 
     def param_for(self, name: str) -> Tensor:
         """The user's parameter of that name. Raises `KeyError` where there is none."""
