@@ -225,10 +225,10 @@ class ADOPT(Optimizer):
 
     def _gather(self) -> tuple[list[Gathered], list[Tensor]]:
         """Return what there is to update, one call a group, and the steps of all parameters that have state."""
-        if self._memory is not None and self._is_stepped and not torch.compiler.is_compiling():
+        if self._memory is not None and self._is_decided() and not torch.compiler.is_compiling():
             remembered = self._memory.again(self.param_groups, self.state)
             if remembered is not None:
-                return remembered, []  # nobody asks for the steps once a parameter has been stepped
+                return remembered, []  # nobody asks for the steps any more
         calls: list[Gathered] = []
         every_step: list[Tensor] = []
         for group in self.param_groups:
@@ -285,13 +285,17 @@ class ADOPT(Optimizer):
                 every_step.append(state["step"])
         return has_complex
 
+    def _is_decided(self) -> bool:
+        """Whether this cannot be a dummy step, or somebody else has seen to it."""
+        return self._is_stepped or not self.guard_dummy_step
+
     def _counts(self, calls: list[Gathered], every_step: list[Tensor], found_inf: Tensor | None) -> bool | Tensor:
         """Return whether this step counts, or is a library's dummy step on zero gradients.
 
         That is a 0-dim tensor of 1.0 or 0.0 where capturable or compiled. Once the host knows of a parameter with
         `step` above 0 nothing is looked at any more.
         """
-        if self._is_stepped or not self.guard_dummy_step:
+        if self._is_decided():
             return True
         grads = [grad for call in calls for grad in call.grads]
         all_params = [param for group in self.param_groups for param in group["params"]]

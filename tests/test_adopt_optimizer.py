@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import inspect
 import math
 import pickle
@@ -563,6 +565,13 @@ def test_capture_into_a_cuda_graph_needs_capturable(monkeypatch):
 def test_differentiable_with_a_16_bit_exp_avg_sq_is_refused():
     with pytest.raises(ValueError, match="differentiable"):
         ADOPT([param(2)], differentiable=True, state_dtype=BF16)
+
+
+@pytest.mark.parametrize("name", ["adopt", "clipping"])
+def test_examples_in_docstrings_run(name):
+    results = doctest.testmod(importlib.import_module(f"sharded_adopt.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_repr_shows_the_clip():

@@ -141,11 +141,11 @@ def adopt_foreach_(
         if vs is not block.exp_avg_sqs:
             _store_exp_avg_sqs_(block, vs)
 
-    if state_steps and step_increment is None and skipped is None:
+    if step_increment is None and skipped is None and state_steps and all(step.is_cpu for step in state_steps):
         torch._foreach_add_(list(state_steps), torch.ones(()), alpha=1)  # a Python 1 would be wrapped once a step
-        return
-    for step in state_steps:
-        advance_(step, step_increment, skipped)
+    else:
+        for step in state_steps:
+            advance_(step, step_increment, skipped)
 
 
 def _blocks(
