@@ -151,6 +151,8 @@ def refused(rank: int, world_size: int, what: str) -> str:
         bad = bad if rank == 0 else {"state": {}, "param_groups": []}
     elif what == "other-on-one":
         bad["param_groups"][0]["lr"] = 0.1 + rank
+    elif what == "callable":
+        bad["param_groups"][0]["clip_lambda"] = {"custom": "somewhere.bound"}
     elif what == "shard-of-another-rank":
         local = torch.zeros(optimizer.layout.segments(rank)[0].numel + 1)
         bad["state"][0]["exp_avg"] = FlatShard(local, 0, (11, 7))
@@ -171,6 +173,7 @@ def refused(rank: int, world_size: int, what: str) -> str:
         ),
         ("groups", ["parameter groups of [9, 9] parameters, expected [9]"]),
         ("empty-on-one", ["parameter groups of [] parameters, expected [9]"]),
+        ("callable", ["somewhere.bound", "same callable"]),
         ("other-on-one", ["lr: '0.1' on rank 0, '1.1' on rank 1"]),
         ("shard-of-another-rank", ["holds elements 0:", "sharded_adopt.checkpoint.load"]),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ def comparable(group: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     # The address in a function's repr differs between ranks that pass the same function.
     return {k: getattr(v, "__qualname__", v) if callable(v) and "0x" in repr(v) else v for k, v in values.items()}
+
+
+def summary_of_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Every value of every group under a name that an error can show."""
+    return {f"group {n}.{k}": repr(v) for n, group in enumerate(groups) for k, v in comparable(group).items()}
 
 
 def to_json(key: str, value: Any) -> object:

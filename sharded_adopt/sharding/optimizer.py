@@ -19,13 +19,15 @@ from sharded_adopt.sharding.agreement import require_same, require_same_layout
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
 from sharded_adopt.sharding.groups import Group, param_specs, read_groups, refuse_missing
-from sharded_adopt.sharding.hyperparameters import comparable, from_json, to_json
+from sharded_adopt.sharding.hyperparameters import comparable, from_json, summary_of_groups, to_json
 from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_defaults, refuse_not_elementwise
 from sharded_adopt.sharding.layout import Layout
+from sharded_adopt.sharding.norm import clip_factor, total_norm
 from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
 from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
-from sharded_adopt.sharding.state import ShardedState
+from sharded_adopt.sharding.state import ShardedState, by_index
+from sharded_adopt.sharding.unbuilt import refuse_16_bit, refuse_unbuilt
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -90,7 +92,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         timeout: float | None = None,
         **defaults: Any,
     ) -> None:
-        _refuse_unbuilt(
+        refuse_unbuilt(
             mesh=(mesh, None),
             sharding=(sharding, "full"),
             overlap_param_gather=(overlap_param_gather, False),
@@ -117,7 +119,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             groups = read_groups(params, module)
             if module is not None and reduce_gradients:
                 refuse_missing(module, groups)
-            _refuse_16_bit(groups)
+            refuse_16_bit(groups)
             own_defaults = read_defaults(optimizer_class, groups, defaults)
             super().__init__([group.as_param_group() for group in groups], own_defaults)
         except Exception as caught:
@@ -236,19 +238,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm_type = float(norm_type)
         verdict = self.synchronize_gradients()
         parts = [self._gradients.segment_grad(place) for place in self._state.places if place.param in verdict.present]
-        norms = [
-            torch.linalg.vector_norm(part, norm_type, dtype=torch.promote_types(part.dtype, torch.float64)).cpu()
-            for part in parts
-            if part.numel()
-        ]
-        total = _combine(norms, norm_type)
-        total = _combine(self._collectives.all_gather_scalar(total), norm_type)
+        total = total_norm(parts, norm_type, self._collectives)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped; "
                 "pass error_if_nonfinite=False to scale by it all the same"
             )
-        factor = torch.clamp(torch.as_tensor(max_norm, dtype=torch.float64, device="cpu") / (total + 1e-6), max=1.0)
+        factor = clip_factor(total, max_norm)
         for grad in self._gradients.grads(verdict):
             grad.mul_(factor.to(device=grad.device, dtype=grad.real.dtype if grad.is_complex() else grad.dtype))
         first = self._parameters.tensors[0]
@@ -301,7 +297,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not isinstance(param_group, dict):
                 raise TypeError(f"expected a group like {{'params': [...]}}, got {type(param_group).__name__}")
             groups = read_groups([param_group], None, first_index=len(self.layout.params))
-            _refuse_16_bit(groups)
+            refuse_16_bit(groups)
             known = {id(t): spec.name for t, spec in zip(self._parameters.tensors, self.layout.params, strict=True)}
             for name, tensor in zip(groups[0].names, groups[0].params, strict=True):
                 if id(tensor) in known:
@@ -359,36 +355,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             state_dict = self._inner.translated(state_dict)
             groups = list(state_dict["param_groups"])
-            loaded = self._by_index(state_dict)
-            cut = self._state.check(loaded)
+            cut = self._state.check(by_index(state_dict, [len(group["params"]) for group in self.param_groups]))
+            self._inner.check_groups(groups)
         except Exception as caught:
             error = caught
         self._collectives.raise_together(error)
-        counters = {
-            f"{self.layout.params[index].name}.{key}": float(value)
-            for index, entries in cut.items()
-            for key, value in entries.items()
-            if isinstance(value, Tensor) and value.dim() == 0
-        }
-        values = {f"group {n}.{k}": repr(v) for n, group in enumerate(groups) for k, v in comparable(group).items()}
-        require_same(self._collectives, "the loaded state dict", {**counters, **values})
+        require_same(self._collectives, "the loaded state dict", self._state.summary(cut) | summary_of_groups(groups))
         self._state.load(cut)
         self._load_groups(groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _by_index(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-        """Loaded state by this optimizer's parameter index: ids may be integers or names, positions count."""
-        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        own = [len(group["params"]) for group in self.param_groups]
-        if sizes != own:
-            raise ValueError(f"the loaded state dict has parameter groups of {sizes} parameters, expected {own}")
-        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
-        index_of = {one: index for index, one in enumerate(ids)}
-        unknown = [one for one in state_dict["state"] if one not in index_of]
-        if unknown:
-            raise ValueError(f"the loaded state dict has state of parameters that are in no group: {unknown[:10]}")
-        return {index_of[one]: entries for one, entries in state_dict["state"].items()}
 
     def _load_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take hyperparameters in plain form, and what is known from the state: whether anything was stepped."""
@@ -511,26 +487,3 @@ class ShardedADOPT(ShardedOptimizer):
 
     def __init__(self, params: Any, process_group: Any = None, **arguments: Any) -> None:
         super().__init__(params, ADOPT, process_group, **arguments)
-
-
-def _refuse_unbuilt(**arguments: tuple[Any, Any]) -> None:
-    for name, (value, built) in arguments.items():
-        if value != built:
-            raise NotImplementedError(f"{name}={value!r} is not built yet: leave it at {built!r}")
-
-
-def _refuse_16_bit(groups: Sequence[Group]) -> None:
-    for group in groups:
-        for name, tensor in zip(group.names, group.params, strict=True):
-            if tensor.dtype in (torch.bfloat16, torch.float16):
-                raise NotImplementedError(
-                    f"parameter {name!r} is {tensor.dtype}: main_params, the fp32 values that 16-bit parameters need, "
-                    "are not built yet; train fp32 parameters (torch.autocast keeps 16-bit compute)"
-                )
-
-
-def _combine(norms: Sequence[Tensor], norm_type: float) -> Tensor:
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    combined: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), norm_type)
-    return combined

@@ -143,6 +143,15 @@ class ShardedState:
             raise ValueError(f"{key!r} of {spec.name!r} has shape {tuple(value.shape)}, expected {spec.shape}")
         return flatten_in_memory_order(value, spec)[place.start : place.stop]
 
+    def summary(self, cut: Mapping[int, StateOfParam]) -> dict[str, Any]:
+        """The counters in loaded state, which must be the same on every rank, under names that an error can show."""
+        return {
+            f"{self._layout.params[index].name}.{key}": float(value)
+            for index, entries in cut.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor) and value.dim() == 0
+        }
+
     def load(self, cut: Mapping[int, StateOfParam]) -> None:
         """Write state that `check` has returned. Parameters that are not in it go back to how they began."""
         for index, segment in enumerate(self._segments):
@@ -159,3 +168,21 @@ class ShardedState:
                     own[key] = value.detach().clone().to(segment.device if value.dim() else value.device)
                 else:
                     own[key] = value
+
+
+def by_index(state_dict: Mapping[str, Any], sizes: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+    """The state in a state dict by index in the layout: its ids may be integers or names, only their positions count.
+
+    `sizes`: how many parameters each group of the optimizer has. Raises `ValueError` where the dict has others.
+    """
+    groups = [list(group["params"]) for group in state_dict["param_groups"]]
+    if [len(ids) for ids in groups] != list(sizes):
+        raise ValueError(
+            f"the loaded state dict has parameter groups of {[len(ids) for ids in groups]} parameters, expected "
+            f"{list(sizes)}"
+        )
+    index_of = {one: index for index, one in enumerate(one for ids in groups for one in ids)}
+    unknown = [one for one in state_dict["state"] if one not in index_of]
+    if unknown:
+        raise ValueError(f"the loaded state dict has state of parameters that are in no group: {unknown[:10]}")
+    return {index_of[one]: entries for one, entries in state_dict["state"].items()}
