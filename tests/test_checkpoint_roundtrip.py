@@ -297,3 +297,19 @@ def _load_large(rank: int, world_size: int, root: Path) -> None:
     optimizer = PlainOptimizer(LARGE, seed=6, bucket_cap_nbytes=1 << 21)
     checkpoint.load(root, optimizer=optimizer)
     optimizer.assert_holds(5)
+
+
+def test_main_values_of_16_bit_parameters_are_what_is_stored(tmp_path: Path) -> None:
+    """An optimizer that trains fp32 values behind bf16 parameters gives the fp32 ones, and gets them back."""
+
+    def with_main(seed: int) -> PlainOptimizer:
+        optimizer = PlainOptimizer(seed=seed)
+        optimizer.live["half"]["param"] = torch.randn(33, generator=torch.Generator().manual_seed(seed))
+        return optimizer
+
+    saved, loaded = with_main(1), with_main(2)
+    checkpoint.save(tmp_path, step=1, optimizer=saved)
+    checkpoint.load(tmp_path, optimizer=loaded)
+    assert torch.equal(loaded.live["half"]["param"], saved.live["half"]["param"])
+    with pytest.raises(checkpoint.CheckpointMismatch, match="half: param is float32 in the checkpoint, bfloat16 here"):
+        checkpoint.load(tmp_path, optimizer=PlainOptimizer())
