@@ -28,6 +28,12 @@ PRETRAIN = EXAMPLES / "pretrain.py"
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "6", "--warmup", "5"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums must not depend on the machine's cores: torchrun jobs and forked ranks are compared bit for bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def train(ranks: int, directory: Path, *arguments: str) -> None:
     """Run the example to its end under torchrun."""
     output = directory.with_suffix(".out")
@@ -90,7 +96,7 @@ def test_a_killed_and_resumed_run_ends_bit_equal_to_one_that_was_not(
     """SIGKILLs of the whole job, after these steps; dropout is on, so that lost random numbers would show."""
     arguments = ["--steps", "700", "--save-every", "100", "--dropout", "0.2", "--optimizer", optimizer]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    train(2, calm, *arguments)
+    train_forked(2, calm, *arguments)
     for step in kills:
         train_until_killed(2, step, killed, *arguments)
     train(2, killed, *arguments)
