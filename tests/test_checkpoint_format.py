@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from checkpointing import ODD, PlainOptimizer, Spec, bits, logical, manifest_of, whole
 from ranks import run_ranks
@@ -93,6 +94,17 @@ def test_the_safetensors_library_reads_every_element(tmp_path: Path) -> None:
     assert torch.equal(files[0]["model/running_var"], torch.ones(3))
     assert not any(name.startswith("model/") for tensors in files[1:] for name in tensors)
     assert all({"rng/torch", "rng/python", "rng/numpy"} <= set(tensors) for tensors in files)
+
+
+def test_the_recipe_in_the_documentation_puts_a_parameter_together(tmp_path: Path) -> None:
+    spec = Spec("conv.weight", (4, 3, 2, 5), dim_order=(0, 2, 3, 1))
+    path = run_ranks(3, _save, tmp_path, (Spec("a", (5,)), spec), "crc32")[0].path
+    text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    recipes = [block.split("```")[0] for block in text.split("```python")[1:] if "safe_open" in block]
+    assert len(recipes) == 1
+    names: dict[str, Any] = {"path": path, "json": json, "torch": torch, "safetensors": safetensors}
+    exec(recipes[0], names)
+    assert torch.equal(names["exp_avg"], logical(spec, whole(spec, "exp_avg", 3)))
 
 
 def test_every_tensor_starts_on_a_multiple_of_its_element(tmp_path: Path) -> None:

@@ -22,22 +22,25 @@ _SHOWN = 50  # names a list shows; the exception's attributes have all
 class Fit:
     """How a checkpoint compares with what it is to be loaded into.
 
-    `missing`: names that are here and not in the checkpoint. `unexpected`: the other way round. `misshapen`: a line for
-    each thing that both have, but not alike. `groups`: hyperparameters for each group that is here, as `load_shards`
+    `missing`: names that are here and not in the checkpoint. `unexpected`: the other way round. `of_model`: those of
+    either that are the model's and not the optimizer's. `misshapen`: a line for each thing that both have, but not
+    alike. `groups`: hyperparameters for each group that is here, as `load_shards`
     takes them.
     """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    of_model: list[str] = field(default_factory=list)
     groups: list[dict[str, object]] = field(default_factory=list)
 
     def require(self, strict: bool) -> None:
         """Raise `CheckpointMismatch`, listing everything, unless it fits; not `strict`, names may differ."""
         if not self.misshapen and not (strict and (self.missing or self.unexpected)):
             return
+        model = set(self.of_model)
         parts = [
-            f"{title}:{_listed(lines)}"
+            f"{title}:{_listed([f'{line} (beside the optimizer)' if line in model else line for line in lines])}"
             for title, lines in (
                 ("here, but not in the checkpoint", self.missing),
                 ("in the checkpoint, but not here", self.unexpected),
@@ -102,9 +105,9 @@ def _compare_model(fit: Fit, manifest: Manifest, optimizer: Checkpointable, mode
     tensors, values = ({}, {}) if model is None else model_rest(model, optimizer)
     stored = {tensor.name: tensor for tensor in manifest.model_tensors}
     here, there = {*tensors, *values}, {*stored, *manifest.model_values}
-    note = " (of the model)" if model is not None else " (of the model, and no model was given)"
-    fit.missing += [f"{name}{note}" for name in sorted(here - there)]
-    fit.unexpected += [f"{name}{note}" for name in sorted(there - here)]
+    fit.missing += sorted(here - there)
+    fit.unexpected += sorted(there - here)
+    fit.of_model += sorted(here ^ there)
     for name in sorted(here & there):
         if (name in tensors) != (name in stored):
             fit.misshapen.append(f"{name}: a tensor in the {'model' if name in tensors else 'checkpoint'} only")

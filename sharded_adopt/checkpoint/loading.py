@@ -143,7 +143,7 @@ class _Loading:
     def _compare(self, manifest: Manifest, fits: list[Fit]) -> list[list[str]]:
         fit = compare(manifest, self._optimizer, self._model, self._optimizer.local_shards())
         fits.append(fit)
-        return [fit.missing, fit.unexpected, fit.misshapen]
+        return [fit.missing, fit.unexpected, fit.misshapen, fit.of_model]
 
     def _stage(self, path: Path, manifest: Manifest) -> Staged:
         optimizer, layout = self._optimizer, self._optimizer.layout

@@ -44,7 +44,7 @@ from sharded_adopt.checkpoint.plain import dumps
 from sharded_adopt.checkpoint.records import StoredFile
 from sharded_adopt.checkpoint.retention import Keep, prune_locked
 from sharded_adopt.checkpoint.root import Entry, RootLock, absolute, list_entries, make_root, sweep, unique
-from sharded_adopt.checkpoint.storage import DIRECTORY_MODE, NewFile, open_directory, read_manifest
+from sharded_adopt.checkpoint.storage import DIRECTORY_MODE, NewFile, open_directory, read_manifest, sync_names
 from sharded_adopt.checkpoint.tensors import byte_views
 from sharded_adopt.checkpoint.together import Failure, collectives_for, first_difference, on_all, on_first
 from sharded_adopt.sharding.collectives import Collectives
@@ -212,13 +212,13 @@ class _Saving:
                 with NewFile(fd, MANIFEST_NAME, self._checksum) as file:
                     file.write(memoryview(data))
                     file.finish()
-                os.fsync(fd)
+                sync_names(fd)
             entries = list_entries(self._root)
             if entries and entries[-1].counter >= begun["counter"]:
                 raise CheckpointError(f"another process has written {entries[-1].name} meanwhile")
             os.rename(begun["tmp"], begun["name"], src_dir_fd=root_fd, dst_dir_fd=root_fd)
             self._tmp = None
-            os.fsync(root_fd)
+            sync_names(root_fd)
         if self._keep is not None:
             try:
                 prune_locked(self._root, self._keep)

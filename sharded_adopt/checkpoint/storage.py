@@ -49,7 +49,16 @@ def open_directory(path: Path | str, dir_fd: int | None = None) -> Iterator[int]
 def sync_directory(path: Path | str) -> None:
     """Return when the names in that directory are on the disk."""
     with open_directory(path) as fd:
-        os.fsync(fd)
+        sync_names(fd)
+
+
+def sync_names(dir_fd: int) -> None:
+    """`sync_directory` by descriptor. A file system that knows no such thing (SMB) says EINVAL, and is left alone."""
+    try:
+        os.fsync(dir_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def checksum_of(kind: str, views: Iterable[memoryview]) -> str:
