@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from fractions import Fraction
 
 import pytest
 import torch
@@ -71,6 +73,38 @@ def test_bits_are_uniform_and_do_not_repeat_from_step_to_step():
     assert correlation < 5 / math.sqrt(1 << 16)
     neighbours = torch.corrcoef(torch.stack((bits[0, :-1], bits[0, 1:])))[0, 1].item()
     assert abs(neighbours) < 5 / math.sqrt(1 << 16)
+
+
+def rounded_in_fractions(value: float, bits: int, dtype: torch.dtype) -> Fraction:
+    """The definition in exact arithmetic, for finite fp32 values of at least 0."""
+    if dtype == F16 and value < 2.0**-14:
+        return Fraction(math.floor(Fraction(value) * 2**24 + Fraction(bits, 65536)), 2**24)
+    whole = struct.unpack("<I", struct.pack("<f", value))[0]
+    kept = (whole + bits) & ~0xFFFF if dtype == BF16 else (whole + (bits >> 3)) & ~0x1FFF
+    up_or_down = struct.unpack("<f", struct.pack("<I", kept))[0]
+    return Fraction(min(up_or_down, 65504.0) if dtype == F16 else up_or_down)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@settings(max_examples=150, deadline=None)
+@given(
+    value=st.one_of(
+        st.floats(0, 2.0**126, width=32),
+        st.floats(0, 2.0**-13, width=32),
+        st.integers(0, 4096).map(lambda quarters: quarters * 2.0**-26),  # halves and quarters of fp16's smallest unit
+    ),
+    step=st.integers(0, 1000),
+)
+def test_rounding_is_its_definition_in_exact_arithmetic(dtype, value, step):
+    result = rounded(torch.full((64,), value), dtype, step=step)
+    bits = rounding_bits(step, 0, 64, CPU).tolist()
+    assert [Fraction(x) for x in result.tolist()] == [rounded_in_fractions(value, r, dtype) for r in bits]
+
+
+def test_a_remainder_that_the_bits_fill_up_exactly_rounds_up():
+    """Half a unit and bits of 0.5: floor(1) is 1."""
+    step, index = next((s, i) for s in range(64) for i, r in enumerate(rounding_bits(s, 0, 4096, CPU)) if r == 32768)
+    assert rounded(torch.tensor([2.0**-25]), F16, step=step, start=index).item() == 2.0**-24
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -232,10 +232,11 @@ def test_foreach_equals_reference_to_the_bit_with_mixed_steps(
         assert_same_bits(lists, other)
 
 
+@pytest.mark.parametrize("exp_avg_sq_dtype", [F32, BF16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_foreach_does_not_depend_on_blocks_cuts_or_threads(threads, monkeypatch):
-    """Tensors longer than a block are cut; the pieces must come out as the whole would."""
-    lists = make_lists([(70_001,), (3, 1000), (5,), (40_000,)])
+def test_foreach_does_not_depend_on_blocks_cuts_or_threads(threads, exp_avg_sq_dtype, monkeypatch):
+    """Tensors longer than a block are cut; the pieces must come out as the whole would, rounding bits included."""
+    lists = make_lists([(70_001,), (3, 1000), (5,), (40_000,)], exp_avg_sq_dtype=exp_avg_sq_dtype)
     whole, cut = lists.clone(), lists.clone()
     monkeypatch.setattr(foreach, "_CPU_BLOCK_NUMEL", 1000)
     before = torch.get_num_threads()
