@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 PLAIN_EVERY = 20
@@ -26,24 +26,25 @@ def size(nbytes: float) -> str:
 
 
 class Display:
-    """Shows the steps of one run; on the ranks that are not `shown` every method does nothing."""
+    """Shows the steps of a run from `start` to `steps`; on the ranks that are not `shown` no method does anything."""
 
-    def __init__(self, steps: int, *, shown: bool) -> None:
+    def __init__(self, start: int, steps: int, *, shown: bool) -> None:
+        self._start = start
         self._steps = steps
         self._shown = shown
         self._progress: Progress | None = None
         if shown and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=None),  # what the text leaves of the line
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                expand=True,
             )
 
     def __enter__(self) -> Display:
         if self._progress:
             self._progress.start()
-            self._task = self._progress.add_task("starting", total=self._steps)
+            self._task = self._progress.add_task("starting", completed=self._start, total=self._steps)
         return self
 
     def __exit__(
@@ -68,7 +69,7 @@ class Display:
         text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  grad norm {grad_norm:.3f}  state {size(state_nbytes)}"
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
-        elif step % PLAIN_EVERY == 0 or step in (1, self._steps):
+        elif step % PLAIN_EVERY == 0 or step in (self._start + 1, self._steps):
             print(f"step {step}/{self._steps}  {text}", flush=True)
 
 

@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
     state_nbytes, unsharded_nbytes = count_state(optimizer)
     journal = Journal(args.checkpoint_dir, start) if rank == 0 else None
     saved: checkpoint.Saved | None = None
-    with Display(args.steps, shown=rank == 0) as display:
+    with Display(start, args.steps, shown=rank == 0) as display:
         numel = sum(param.numel() for param in model.parameters())
         display.note(f"{numel:,} parameters, {args.optimizer}, world size {world_size}, {args.device}")
         display.note(f"corpus: {len(corpus.text):,} bytes of {corpus.source}")
