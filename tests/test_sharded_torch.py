@@ -231,7 +231,13 @@ def test_the_stock_scaler_raises_natively_and_works_beside_ddp() -> None:
 def broadcast(rank: int, world_size: int) -> tuple[list[Tensor], Tensor]:
     model = AwkwardModel(seed=rank)
     model.counter.fill_(float(rank + 1))
+    model.register_buffer("mask", torch.tensor([rank == 0, True]))
+    model.register_buffer("count", torch.tensor(rank))
+    model.register_buffer("table", torch.full((3, 2), float(rank)).t())
     ShardedADOPT(model.named_parameters(), module=model)
+    assert model.mask.tolist() == [True, True]
+    assert model.count.item() == 0
+    assert model.table.eq(0).all()
     return values(model), model.counter.clone()
 
 

@@ -141,9 +141,14 @@ class Collectives:
         return _Works([work], self._timedelta)
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Overwrite `tensor` (contiguous) by that of the first rank."""
-        if self.world_size > 1 and tensor.numel():
-            dist.broadcast(tensor, src=self.global_ranks[0], group=self._data)
+        """Overwrite `tensor` (of any dtype and strides) by that of the first rank."""
+        if self.world_size == 1 or tensor.numel() == 0:
+            return
+        tensor = tensor.detach()
+        flat = tensor.contiguous().view(-1)
+        dist.broadcast(_as_bytes(flat), src=self.global_ranks[0], group=self._data)
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat.view(tensor.shape))
 
     def gather(self, tensor: Tensor, everywhere: bool) -> list[Tensor] | None:
         """Every rank's `tensor` (1-D, the same size everywhere), by rank; None off the first rank unless `everywhere`.

@@ -93,6 +93,11 @@ class InnerOptimizer:
         return isinstance(self._template, ADOPT)
 
     @property
+    def makes_state_early(self) -> bool:
+        """Whether all state is there from the start; other classes make and replace theirs as they step."""
+        return isinstance(self._template, ADOPT) or type(self._template) in (Adam, AdamW)
+
+    @property
     def groups(self) -> list[dict[str, Any]]:
         """The hyperparameters of every group as the class keeps them; without parameters."""
         return [without_params(group) for group in self._template.param_groups]

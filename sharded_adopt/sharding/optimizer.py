@@ -133,7 +133,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if reduce_gradients
             else GivenGradients(self._collectives)
         )
-        self._verdict: Verdict | None = None
         # Until something has been stepped, a step in which every gradient is zero may be a host's dummy.
         self._nothing_stepped = self._inner.guards_dummy_step
         self._take_over(groups, self._agreed_layout(groups))
@@ -212,7 +211,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for pending in under_way:
             pending.wait()
         self._parameters.mark_written(verdict.present)
-        self._mirror_state()
+        if not self._inner.makes_state_early:
+            self._mirror_state()
 
     def synchronize_gradients(self) -> Verdict:
         """Make the gradients final: this rank's segment of every `param.grad` is then the mean. Collective.
