@@ -22,10 +22,12 @@ def reduce_and_gather(rank: int, world_size: int, dtype: torch.dtype) -> None:
     for k, (one, buffer) in enumerate(zip(pending, buffers, strict=True)):
         one.wait()
         one.wait()  # idempotent
-        expected = everyone[0] * (k + 1)
-        for other in range(1, world_size):
-            expected = expected + everyone[other] * (k + 1)
-        assert torch.equal(buffer[own], (expected / world_size)[own])
+        # 16-bit numbers are added in fp32 and rounded once.
+        parts = [(row * (k + 1)).to(torch.float32 if dtype.itemsize == 2 else dtype) for row in everyone]
+        expected = parts[0]
+        for part in parts[1:]:
+            expected = expected + part
+        assert torch.equal(buffer[own], (expected / world_size)[own].to(dtype))
         mine = everyone[rank] * (k + 1)
         mine[own] = buffer[own]
         assert torch.equal(buffer, mine), "the other slices must be left alone"

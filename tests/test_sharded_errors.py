@@ -69,17 +69,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lbfgs": (lambda: ShardedOptimizer([shared], torch.optim.LBFGS), TypeError, "LBFGS cannot be sharded"),
     "muon": (lambda: ShardedOptimizer([shared], torch.optim.Muon), TypeError, "orthogonalises whole matrices"),
     "no class": (lambda: ShardedOptimizer([shared], "ADOPT"), TypeError, "must be a subclass"),
-    "16 bit": (
-        lambda: ShardedADOPT([("h", torch.ones(2, dtype=torch.bfloat16))]),
-        NotImplementedError,
-        "main_params",
-    ),
     **{
         name: (lambda name=name, value=value: ShardedADOPT([shared], **{name: value}), NotImplementedError, name)
         for name, value in {
             "mesh": object(),
             "sharding": "hybrid",
-            "main_params": "fp32",
             "reduce_dtype": torch.float32,
             "gather_dtype": torch.bfloat16,
             "overlap_param_gather": True,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_adopt.sharding.layout import Bucket, ParamSpec, Segment
+from sharded_adopt.sharding.layout import Bucket, ParamSpec
 
 
 class BucketBuffer:
@@ -45,11 +45,6 @@ class BucketBuffer:
     def shard(self) -> slice:
         """This rank's slice of the buffers."""
         return slice(self._shard_start, self._shard_stop)
-
-    def segment(self, flat: Tensor, segment: Segment) -> Tensor:
-        """The 1-D view of `segment` in `flat`, one of this bucket's buffers; empty where the segment is."""
-        start = self._shard_start + segment.shard_start
-        return flat[start : start + segment.numel]
 
 
 def view_like(flat: Tensor, start: int, tensor: Tensor) -> Tensor:

@@ -323,10 +323,11 @@ class _MeanOfSlices:
         parts.insert(self._rank, self._own)
         # Piece by piece, so that a sum is divided while it is still in the cache.
         for pieces in zip(*(part.split(_PIECE_NUMEL) for part in parts), strict=True):
-            total = pieces[0]
+            # Rank 0 adds into its own slice, the others into what arrived first: no further memory either way, but for
+            # 16-bit numbers, which are added in fp32 and rounded once.
+            total = pieces[0].float() if pieces[0].itemsize == 2 else pieces[0]
             for piece in pieces[1:]:
-                # Rank 0 adds into its own slice, the others into what arrived first: no further memory either way.
                 total += piece
-            torch.div(total, self._world_size, out=pieces[self._rank])
+            pieces[self._rank].copy_(total.div_(self._world_size))
         self._scratch.give_back(self._arrived)
         self._arrived = None

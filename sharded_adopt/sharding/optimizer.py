@@ -27,7 +27,7 @@ from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
 from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
 from sharded_adopt.sharding.state import ShardedState, by_index
-from sharded_adopt.sharding.unbuilt import refuse_16_bit, refuse_unbuilt
+from sharded_adopt.sharding.unbuilt import refuse_unbuilt
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -48,6 +48,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             mean, `param.grad` is None from then on, and gradients can be dropped by this optimizer's `zero_grad` only.
         reduce_gradients: True replaces DistributedDataParallel: parameters are broadcast now and gradients averaged in
             backward. False stands beside it: `param.grad` must hold the averaged gradient.
+        main_params: what 16-bit parameters are updated in. "auto" and "fp32": in fp32 values that their owner keeps
+            (4/W bytes a parameter), of which they are the rounding. "none": in place.
         bucket_cap_mb: the size of a bucket in MiB; a larger parameter fills one alone.
         overlap_grad_reduce: start to reduce a bucket as soon as backward has filled it.
         timeout: seconds that any exchange may take (default: torch.distributed's).
@@ -98,8 +100,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             overlap_param_gather=(overlap_param_gather, False),
             reduce_dtype=(reduce_dtype, None),
             gather_dtype=(gather_dtype, None),
-            main_params=(main_params, "auto"),
         )
+        if main_params not in ("auto", "fp32", "none"):
+            raise ValueError(f"main_params must be 'auto', 'fp32' or 'none', got {main_params!r}")
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
         if shard_gradients and not reduce_gradients:
@@ -119,7 +122,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             groups = read_groups(params, module)
             if module is not None and reduce_gradients:
                 refuse_missing(module, groups)
-            refuse_16_bit(groups)
             own_defaults = read_defaults(optimizer_class, groups, defaults)
             super().__init__([group.as_param_group() for group in groups], own_defaults)
         except Exception as caught:
@@ -127,7 +129,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._collectives.raise_together(error)
 
         self._inner = InnerOptimizer(optimizer_class, defaults, [group.options for group in groups])
-        self._parameters = ShardedParameters(self._collectives)
+        self._parameters = ShardedParameters(self._collectives, keeps_main=main_params != "none")
         self._gradients: GradientSource = (
             GradientReducer(self._collectives, overlap_grad_reduce, shard_gradients)
             if reduce_gradients
@@ -161,7 +163,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             [spec.group for spec in layout.params[known:]],
             self._parameters.buffers,
         )
-        self._state = ShardedState(self._collectives, self._inner, layout, self._parameters.segments)
+        self._state = ShardedState(self._collectives, self._inner, layout, self._parameters)
         self._mirror_state()
 
     def _mirror_state(self) -> None:
@@ -201,9 +203,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._gradients.finish(bucket)
             present = [index for index in members if index in verdict.present]
             for index in present:
-                self._parameters.segments[index].grad = self._gradients.segment_grad(self._state.places[index])
+                segment = self._parameters.segments[index]
+                segment.grad = self._gradients.segment_grad(self._state.places[index]).to(segment.dtype)
             if present:
+                self._parameters.refresh_main(bucket)
                 self._inner.step(bucket)
+                self._parameters.round_main(bucket)
                 under_way.append(self._parameters.gather_bucket(bucket))
             for index in present:
                 # A view: kept, it would keep a gradient alive that the user drops.
@@ -257,6 +262,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         For `sharded_adopt.GradScaler`. Collective. The result is a 0-dim fp32 tensor on the CPU, equal on every rank.
         """
+        if any(tensor.dtype is torch.float16 for tensor in self._parameters.tensors):
+            raise ValueError(
+                "fp16 gradients cannot be unscaled in place, they would vanish: keep fp32 or bf16 parameters, and "
+                "compute in fp16 with torch.autocast"
+            )
         verdict = self.synchronize_gradients()
         found_inf = torch.zeros(())
         for grad in self._gradients.grads(verdict):
@@ -283,6 +293,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Go on after an error that was caught on every rank: new groups, no gradients left, whole parameters."""
         self._collectives.reopen()
         self._gradients.abandon()
+        for bucket in range(len(self.layout.buckets)):
+            self._parameters.refresh_main(bucket)
         self._parameters.gather()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -297,7 +309,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not isinstance(param_group, dict):
                 raise TypeError(f"expected a group like {{'params': [...]}}, got {type(param_group).__name__}")
             groups = read_groups([param_group], None, first_index=len(self.layout.params))
-            refuse_16_bit(groups)
             known = {id(t): spec.name for t, spec in zip(self._parameters.tensors, self.layout.params, strict=True)}
             for name, tensor in zip(groups[0].names, groups[0].params, strict=True):
                 if id(tensor) in known:
@@ -399,6 +410,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return plan_memory(
             self.layout,
             self._inner.state_nbytes_per_element(self.layout),
+            keeps_main=self._parameters.keeps_main,
             reduces_gradients=self._reduces,
             shards_gradients=self._reduces and not self._keeps_gradients,
             buckets_in_flight=MAX_KEPT_IN_FLIGHT if self._keeps_gradients else MAX_FREED_IN_FLIGHT,
@@ -422,7 +434,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         cut: dict[int, dict[str, Any]] = {}
         for name, tensors in shards.items():
             index = index_of[name]
-            self._parameters.segments[index].copy_(tensors["param"])
+            self._parameters.segments[index].copy_(tensors["param"])  # main values where they are kept
             cut[index] = {key: value for key, value in tensors.items() if key != "param"}
         self._state.load(cut)
         self._load_groups([from_json(group) for group in groups])

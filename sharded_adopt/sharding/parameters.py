@@ -11,16 +11,27 @@ from sharded_adopt.sharding.buckets import BucketBuffer, view_like
 from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.layout import Layout
 
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
 
 class ShardedParameters:
     """The user's parameters as views of bucket buffers, and this rank's segments of them.
 
     `tensors`: the user's parameters. `segments`: for each of them the 1-D tensor of the elements that this rank owns
-    (empty where it owns none), a view of the same memory: writing it writes the parameter.
+    (empty where it owns none), which the optimizer inside steps. It is a view of the same memory, so that writing it
+    writes the parameter; or, with `keeps_main`, for a 16-bit parameter a view of this rank's *main values*: fp32, of
+    which the parameter is the rounding. [Note: main values]
+
+    [Note: main values] At a learning rate of 1e-4 most updates are smaller than half the distance between two bf16
+    numbers and would be lost. The fp32 values that take them are kept by the owner of the segment only. They are set
+    from the parameter at construction, and again where somebody else has written the parameter since: where it is no
+    longer their rounding.
     """
 
-    def __init__(self, group: Collectives) -> None:
+    def __init__(self, group: Collectives, keeps_main: bool) -> None:
         self._group = group
+        self.keeps_main = keeps_main
+        self._main: dict[int, Tensor] = {}  # 1D, shard_numel, fp32; by bucket
         self.layout = Layout(group.world_size, (), ())
         self.tensors: list[Tensor] = []
         self.segments: list[Tensor] = []  # 1D each
@@ -41,11 +52,14 @@ class ShardedParameters:
             if broadcast:
                 self._group.broadcast_(buffer.params)
             self.buffers.append(buffer)
+            if self.keeps_main and buffer.params.dtype in SIXTEEN_BIT:
+                self._main[index] = buffer.params[buffer.shard].float()
         first = len(self.segments)
         places = {p.param: (index, p.start) for index, b in enumerate(layout.buckets) for p in b.placements}
         for segment in layout.segments(self._group.rank)[first:]:
             buffer = self.buffers[segment.bucket]
-            self.segments.append(buffer.segment(buffer.params, segment))
+            shard = self._main.get(segment.bucket, buffer.params[buffer.shard])
+            self.segments.append(shard[segment.shard_start : segment.shard_start + segment.numel])
             bucket_index, start = places[segment.param]
             self._views.append(view_like(self.buffers[bucket_index].params, start, self.tensors[segment.param]))
 
@@ -68,12 +82,31 @@ class ShardedParameters:
             tensor.data = view
         return None
 
+    def main_of(self, index: int) -> Tensor | None:
+        """The main values of parameter `index` on this rank (1-D, fp32), or None where it has none."""
+        return self.segments[index] if self.segments[index].dtype is not self.tensors[index].dtype else None
+
+    def refresh_main(self, bucket: int) -> None:
+        """Take over what somebody else has written to the parameters of a bucket since the last step."""
+        main = self._main.get(bucket)
+        if main is None:
+            return
+        written = self.buffers[bucket].params[self.buffers[bucket].shard]
+        main.copy_(torch.where(main.to(written.dtype) == written, main, written.float()))
+
+    def round_main(self, bucket: int) -> None:
+        """Write the rounding of the main values of a bucket to its parameters, on this rank."""
+        if bucket in self._main:
+            self.buffers[bucket].params[self.buffers[bucket].shard].copy_(self._main[bucket])
+
     def gather_bucket(self, bucket: int) -> Pending:
         """Start to fetch every rank's shard of one bucket. Collective; in the same order on every rank."""
         return self._group.all_gather_(self.buffers[bucket].params, tag=bucket)
 
     def gather(self) -> None:
-        """Fetch every rank's shard, so that every parameter is whole again. Collective."""
+        """Make every parameter whole again from the shards of its owners. Collective."""
+        for bucket in range(len(self.buffers)):
+            self.round_main(bucket)
         for pending in [self.gather_bucket(bucket) for bucket in range(len(self.buffers))]:
             pending.wait()
         self.mark_written(range(len(self.tensors)))

@@ -17,19 +17,26 @@ from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.flat_shard import FlatShard
 from sharded_adopt.sharding.inner import InnerOptimizer, is_of_segment
 from sharded_adopt.sharding.layout import Layout, Segment
+from sharded_adopt.sharding.parameters import ShardedParameters
 
 StateOfParam = dict[str, Any]
+
+# The key of the main values in a sharded state dict. See [Note: main values] in parameters.
+MAIN_KEY = "main_param"
 
 
 class ShardedState:
     """Reads and writes the inner optimizer's state of every parameter, by its index in the layout."""
 
-    def __init__(self, group: Collectives, inner: InnerOptimizer, layout: Layout, segments: Sequence[Tensor]) -> None:
+    def __init__(
+        self, group: Collectives, inner: InnerOptimizer, layout: Layout, parameters: ShardedParameters
+    ) -> None:
         self._group = group
         self._inner = inner
         self._layout = layout
         self.places: tuple[Segment, ...] = layout.segments(group.rank)
-        self._segments = segments
+        self._parameters = parameters
+        self._segments: Sequence[Tensor] = parameters.segments
         # The parameters of each bucket, by their index.
         self.members: list[list[int]] = [[p.param for p in bucket.placements] for bucket in layout.buckets]
 
@@ -37,15 +44,20 @@ class ShardedState:
         """The live state of parameter `index`; empty where the optimizer has made none yet."""
         return self._inner.state_of(self._segments[index])
 
+    def sharded(self, index: int) -> StateOfParam:
+        """What a sharded state dict holds of parameter `index`: its state and, where kept, its main values."""
+        main = self._parameters.main_of(index)
+        return {**self.of(index), **({} if main is None else {MAIN_KEY: main})}
+
     def wrapped(self, index: int, known: StateOfParam) -> StateOfParam:
-        """The state of parameter `index` for `optimizer.state` and `state_dict()`.
+        """`sharded` for `optimizer.state` and `state_dict()`.
 
         Tensors of the segment's size come as `FlatShard`s over the same memory. Entries of `known` that still fit are
         kept.
         """
         place, segment, spec = self.places[index], self._segments[index], self._layout.params[index]
         wrapped: StateOfParam = {}
-        for key, value in self.of(index).items():
+        for key, value in self.sharded(index).items():
             if not is_of_segment(value, segment):
                 wrapped[key] = value
                 continue
@@ -106,8 +118,10 @@ class ShardedState:
         cut: dict[int, StateOfParam] = {}
         for index, entries in loaded.items():
             spec = self._layout.params[index]
-            missing = set(self.of(index)) - set(entries) if entries else set()
-            unexpected = set(entries) - set(self.of(index)) if self.of(index) else set()
+            known = set(self.of(index))
+            # Whole state dicts have no main values: the parameters, loaded before, are all that is known then.
+            missing = known - set(entries) if entries else set()
+            unexpected = set(entries) - set(self.sharded(index)) if known else set()
             problems += [f"{spec.name!r} has no {key!r}" for key in sorted(missing)]
             problems += [f"{spec.name!r} has an unknown entry {key!r}" for key in sorted(unexpected)]
             cut[index] = {}
@@ -135,7 +149,7 @@ class ShardedState:
                     "sharded_adopt.checkpoint.load or torch.distributed.checkpoint"
                 )
             return local
-        present = self.of(index).get(key)
+        present = self.sharded(index).get(key)
         is_counter = key == "step" if present is None else not is_of_segment(present, self._segments[index])
         if is_counter:
             return value
@@ -156,7 +170,10 @@ class ShardedState:
         """Write state that `check` has returned. Parameters that are not in it go back to how they began."""
         for index, segment in enumerate(self._segments):
             own = self._inner.state_of(segment)
-            entries = cut.get(index, {})
+            entries = dict(cut.get(index, {}))
+            main = entries.pop(MAIN_KEY, None)
+            if main is not None:
+                segment.copy_(main)
             for key, value in own.items():
                 if key not in entries and isinstance(value, Tensor):
                     value.zero_()
