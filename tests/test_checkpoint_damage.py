@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,29 @@ def _audited(rank: int, world_size: int, root: Path, name: str) -> list[str]:
         watching = False
         (path / "manifest.json").write_bytes(original)
     return touched
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"exp_avg/weight"', b'"exp_age/weight"'),
+        (b'"dtype":"F32"', b'"dtype":"I32"'),
+        (b'"shape":[27]', b'"shape":[28]'),
+        (b'"data_offsets":[0,', b'"data_offsets":[4,'),
+        (b'{"__metadata__"', b' "__metadata__"'),
+    ],
+)
+def test_a_file_whose_header_contradicts_the_manifest_is_corrupt(tmp_path: Path, old: bytes, new: bytes) -> None:
+    """With checksums that fit, as whoever rewrites both would make them."""
+    path = _save(0, 1, tmp_path, 1)
+    file = path / "rank-00000-of-00001.safetensors"
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+    rewrite_manifest(path, _set("files", 0, "checksums", f"{zlib.crc32(file.read_bytes()):08x}"))
+    for use in (checkpoint.verify, lambda path: checkpoint.load(path, optimizer=PlainOptimizer(SMALL))):
+        with pytest.raises(CheckpointCorrupt, match="its header does not describe"):
+            use(path)
 
 
 def test_no_manifest_makes_us_open_a_path_outside_the_checkpoint(tmp_path: Path) -> None:
