@@ -11,10 +11,12 @@ docs/fused.md names the exception (the square root of torch's CPU wheels on some
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.metadata
 import math
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -48,37 +50,54 @@ large ones it is the other way round.
 class FusedStatus:
     """Which fused kernels there are, as plain data for a command line.
 
-    `cpu` is the instruction set of the C loops ("avx512", "avx2", "baseline") or None, and then `cpu_reason` says why;
-    `cpu_library` is the file they were loaded from.
+    `cpu` is the instruction set of the C loops ("avx512", "avx2", "baseline"), `cuda` the version of Triton; each is
+    None where there is none, and then the reason says why. `cpu_library` is the file that the loops were loaded from.
     """
 
     cpu: str | None
     cpu_library: str | None
     cpu_reason: str
+    cuda: str | None
+    cuda_reason: str
 
 
+@functools.cache
 def status() -> FusedStatus:
-    """Return which fused kernels can run here and why the others cannot."""
+    """Return which fused kernels can run here, and why the others cannot."""
     loaded = native.load()
-    return FusedStatus(loaded.isa, None if loaded.path is None else str(loaded.path), loaded.reason)
+    triton_version, triton_reason = None, ""
+    if not torch.cuda.is_available():
+        triton_reason = "torch sees no CUDA device"
+    else:
+        try:
+            triton_version = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            triton_reason = "Triton is not installed"
+    path = None if loaded.path is None else str(loaded.path)
+    return FusedStatus(loaded.isa, path, loaded.reason, triton_version, triton_reason)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether there is a fused kernel for tensors on this device."""
+    return (device.type == "cpu" and status().cpu is not None) or (device.type == "cuda" and status().cuda is not None)
 
 
 def is_available() -> bool:
     """Whether there is a fused kernel for any device."""
-    return native.load().library is not None
+    return status().cpu is not None or status().cuda is not None
 
 
-def why_unavailable() -> str:
-    """Why there is no fused kernel, for a message."""
-    return f"the fused CPU kernel is missing: {native.load().reason}"
+def why_unavailable(device_type: str = "cpu") -> str:
+    """Why there is no fused kernel for a device, for a message."""
+    reasons = {"cpu": status().cpu_reason, "cuda": status().cuda_reason}
+    return f"the fused kernel for {device_type} is missing: {reasons.get(device_type, 'nobody wrote one')}"
 
 
 def supports(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether a fused kernel can run on these lists: plain tensors on a device that has one."""
+    """Whether a fused kernel can run on these lists: plain tensors on one device that has one."""
     return (
         not torch.compiler.is_compiling()
-        and native.load().library is not None
-        and all(param.device.type == "cpu" for param in params[:1])
+        and all(runs_on(param.device) for param in params[:1])
         and set(map(type, params)) <= {Tensor, Parameter}
         and set(map(type, grads)) <= {Tensor}
     )
@@ -120,6 +139,7 @@ class FusedAdopt:
 
     def __init__(self) -> None:
         self._plans: dict[int, _Plan] = {}
+        self._cuda: Callable[..., None] | None = None
 
     def __call__(
         self,
@@ -149,12 +169,13 @@ class FusedAdopt:
         """Do what `adopt_reference_` does, in one pass; see there. `differentiable` raises `ValueError`."""
         if differentiable:
             raise ValueError("fused=True cannot be differentiated; use fused=False with differentiable=True")
-        if not params or skipped_on_host(found_inf):
+        if not params:
             return
+        lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
         options: dict[str, Any] = {
             "beta1": beta1,
             "beta2": beta2,
-            "lr": float(lr_for(lr, as_tensor=False)),
+            "lr": lr,
             "clip_lambda": clip_lambda,
             "weight_decay": weight_decay,
             "decouple": decouple,
@@ -162,13 +183,36 @@ class FusedAdopt:
             "maximize": maximize,
             "nesterov": nesterov,
             "init": init,
-            "capturable": False,
+            "capturable": capturable,
             "differentiable": False,
             "grad_scale": grad_scale,
-            "found_inf": None,
+            "found_inf": found_inf,
             "step_increment": step_increment,
         }
-        lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
+        if params[0].device.type == "cpu":
+            if not skipped_on_host(found_inf):
+                options |= {"lr": float(lr_for(lr, as_tensor=False)), "found_inf": None, "capturable": False}
+                self._on_cpu(lists, offsets, options)
+            return
+        for device in {param.device for param in params}:
+            rows = [i for i, param in enumerate(params) if param.device == device]
+            rest, starts = (lists, offsets) if len(rows) == len(params) else _rows(rows, lists, offsets)
+            self._elsewhere(device)(*rest, offsets=starts, **options)
+
+    def _elsewhere(self, device: torch.device) -> Callable[..., None]:
+        """The kernel for rows that the loops in C do not take."""
+        if device.type != "cuda" or not runs_on(device):
+            return adopt_reference_
+        if self._cuda is None:
+            from sharded_adopt.kernels.triton_kernel import TritonAdopt  # only here: it takes a second to import
+
+            self._cuda = TritonAdopt()
+        return self._cuda
+
+    def _on_cpu(
+        self, lists: Sequence[Sequence[Tensor]], offsets: Sequence[int] | None, options: dict[str, Any]
+    ) -> None:
+        """Update rows whose first, and as a rule all, are on the CPU; what the pass leaves is prepared again."""
         left = self._pass(lists, offsets, options)
         if left:  # their layout or step changed under the plan, or a gradient is not laid out as its parameter
             rest, starts = _rows(left, lists, offsets)
@@ -195,9 +239,9 @@ class FusedAdopt:
                 self._plans[key] = plan
         left = plan.run(grads, options)
         increment_version(params)
-        if plan.others:
-            rest, starts = _rows(plan.others, lists, offsets)
-            adopt_reference_(*rest, offsets=starts, **options)
+        for device in {params[i].device for i in plan.others}:
+            rest, starts = _rows([i for i in plan.others if params[i].device == device], lists, offsets)
+            self._elsewhere(device)(*rest, offsets=starts, **options)
         if left:
             self._plans.pop(key, None)
         return left
