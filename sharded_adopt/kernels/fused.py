@@ -11,8 +11,8 @@ docs/fused.md names the exception (the square root of torch's CPU wheels on some
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.metadata
+import importlib.util
 import math
 import operator
 import weakref
@@ -26,8 +26,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sharded_adopt.clipping import Clip, clip_bound
+from sharded_adopt.clipping import Clip, PowerClip, clip_bound
 from sharded_adopt.kernels import native
+from sharded_adopt.kernels import operator as operator_
+from sharded_adopt.kernels.foreach import adopt_foreach_
 from sharded_adopt.kernels.reference import adopt_reference_
 from sharded_adopt.kernels.working import lr_for, skipped_on_host
 
@@ -61,30 +63,29 @@ class FusedStatus:
     cuda_reason: str
 
 
-@functools.cache
+_HAS_CPU = native.load().library is not None
+_HAS_CUDA = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+_library = operator_.register(lambda: FusedAdopt())
+
+
 def status() -> FusedStatus:
     """Return which fused kernels can run here, and why the others cannot."""
     loaded = native.load()
-    triton_version, triton_reason = None, ""
-    if not torch.cuda.is_available():
-        triton_reason = "torch sees no CUDA device"
-    else:
-        try:
-            triton_version = importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            triton_reason = "Triton is not installed"
     path = None if loaded.path is None else str(loaded.path)
-    return FusedStatus(loaded.isa, path, loaded.reason, triton_version, triton_reason)
+    if _HAS_CUDA:
+        return FusedStatus(loaded.isa, path, loaded.reason, importlib.metadata.version("triton"), "")
+    reason = "Triton is not installed" if torch.version.cuda else "this torch was built without CUDA"
+    return FusedStatus(loaded.isa, path, loaded.reason, None, reason)
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether there is a fused kernel for tensors on this device."""
-    return (device.type == "cpu" and status().cpu is not None) or (device.type == "cuda" and status().cuda is not None)
+    return _HAS_CPU if device.type == "cpu" else device.type == "cuda" and _HAS_CUDA
 
 
 def is_available() -> bool:
     """Whether there is a fused kernel for any device."""
-    return status().cpu is not None or status().cuda is not None
+    return _HAS_CPU or _HAS_CUDA
 
 
 def why_unavailable(device_type: str = "cpu") -> str:
@@ -96,8 +97,7 @@ def why_unavailable(device_type: str = "cpu") -> str:
 def supports(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     """Whether a fused kernel can run on these lists: plain tensors on one device that has one."""
     return (
-        not torch.compiler.is_compiling()
-        and all(runs_on(param.device) for param in params[:1])
+        all(runs_on(param.device) for param in params[:1])
         and set(map(type, params)) <= {Tensor, Parameter}
         and set(map(type, grads)) <= {Tensor}
     )
@@ -189,6 +189,12 @@ class FusedAdopt:
             "found_inf": found_inf,
             "step_increment": step_increment,
         }
+        if torch.compiler.is_compiling():
+            if clip_lambda is None or isinstance(clip_lambda, PowerClip):
+                operator_.call(*map(list, lists), offsets=offsets, **options)
+            else:  # an operator's arguments are data
+                adopt_foreach_(*lists, offsets=offsets, **options)
+            return
         if params[0].device.type == "cpu":
             if not skipped_on_host(found_inf):
                 options |= {"lr": float(lr_for(lr, as_tensor=False)), "found_inf": None, "capturable": False}
