@@ -27,7 +27,7 @@ DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 _WRITE_NBYTES = 8 << 20  # handed to the kernel at once
 _WRITE_VIEWS = 512  # well below the 1024 that writev takes
-_HASHES_AHEAD = 64  # chunks: what a hash slower than the disk may keep in memory
+_HASHES_AHEAD = 8  # lots of as much: what a hash slower than the disk may keep in memory
 
 
 def empty_view(nbytes: int) -> memoryview:
@@ -75,6 +75,21 @@ def checksum_of(kind: str, views: Iterable[memoryview]) -> str:
     return hasher.hexdigest()
 
 
+def _start_writeback(fd: int, start: int, nbytes: int) -> None:
+    """Let the disk begin with what has just been written, so that `fsync` finds most of it done.
+
+    On Linux "not needed" starts the writing of dirty pages and drops clean ones, of which there are none yet. 0.8 GB
+    with checksums took 0.35 s instead of 0.56 s, plain `write` and `fsync` of the same bytes 0.43 s.
+    """
+    if nbytes and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _checksums_of(kind: str, chunks: Iterable[Iterable[memoryview]]) -> str:
+    return "".join(checksum_of(kind, chunk) for chunk in chunks)
+
+
 class NewFile:
     """A file that did not exist, written front to back; `finish()` makes it durable.
 
@@ -90,6 +105,7 @@ class NewFile:
         self._hashing: deque[Future[str]] = deque()
         self._hashes: list[str] = []
         self._chunk: list[memoryview] = []  # of the chunk under way
+        self._chunks: list[list[memoryview]] = []  # complete, not being hashed yet
         self._unwritten: list[memoryview] = []
         self._unwritten_nbytes = 0
         self.nbytes = 0
@@ -104,27 +120,25 @@ class NewFile:
             self._unwritten_nbytes += len(piece)
             self.nbytes += len(piece)
             if len(piece) == room:
-                self._end_chunk()
+                self._chunks.append(self._chunk)
+                self._chunk = []
             if self._unwritten_nbytes >= _WRITE_NBYTES or len(self._unwritten) >= _WRITE_VIEWS:
                 self._flush()
 
     def finish(self) -> str:
         """Put everything on the disk and return the checksums, one behind the other."""
-        self._flush()
         if self._chunk:
-            self._end_chunk()
+            self._chunks.append(self._chunk)
+        self._flush()
         os.fsync(self._fd)
-        while self._hashing:
-            self._hashes.append(self._hashing.popleft().result())
+        self._hashes.extend(hashing.result() for hashing in self._hashing)
         return "".join(self._hashes)
 
-    def _end_chunk(self) -> None:
-        self._hashing.append(self._hasher.submit(checksum_of, self._checksum, self._chunk))
-        self._chunk = []
+    def _flush(self) -> None:
+        self._hashing.append(self._hasher.submit(_checksums_of, self._checksum, self._chunks))
+        self._chunks = []
         while len(self._hashing) > _HASHES_AHEAD:
             self._hashes.append(self._hashing.popleft().result())
-
-    def _flush(self) -> None:
         views = deque(self._unwritten)
         while views:
             written = os.writev(self._fd, views)
@@ -132,6 +146,7 @@ class NewFile:
                 written -= len(views.popleft())
             if written:
                 views[0] = views[0][written:]
+        _start_writeback(self._fd, self.nbytes - self._unwritten_nbytes, self._unwritten_nbytes)
         self._unwritten, self._unwritten_nbytes = [], 0
 
     def __enter__(self) -> NewFile:
