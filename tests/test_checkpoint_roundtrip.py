@@ -313,3 +313,31 @@ def test_main_values_of_16_bit_parameters_are_what_is_stored(tmp_path: Path) -> 
     assert torch.equal(loaded.live["half"]["param"], saved.live["half"]["param"])
     with pytest.raises(checkpoint.CheckpointMismatch, match="half: param is float32 in the checkpoint, bfloat16 here"):
         checkpoint.load(tmp_path, optimizer=PlainOptimizer())
+
+
+def _train_16_bit(rank: int, world_size: int, root: Path, load: bool) -> Any:
+    torch.manual_seed(1 if load else 0)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)).to(torch.bfloat16)
+    optimizer = ShardedADOPT(net.named_parameters(), lr=0.1, bucket_cap_mb=1e-4)
+    if load:
+        checkpoint.load(root, optimizer=optimizer, model=net)
+    else:
+        for _ in range(3):
+            net(torch.ones(2, 7, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        checkpoint.save(root, step=3, optimizer=optimizer, model=net)
+    main = optimizer.collectives.all_gather_json(
+        {name: tensors["param"].tolist() for name, tensors in optimizer.local_shards().items()}
+    )
+    whole = {name: [value for one in main for value in one[name]] for name in main[0]}
+    return whole, *_result(net, optimizer)
+
+
+def test_16_bit_training_comes_back_with_its_fp32_values(tmp_path: Path) -> None:
+    saved = run_ranks(2, _train_16_bit, tmp_path, False)[0]
+    stored = {param["name"]: param for param in checkpoint.inspect(tmp_path)["params"]}
+    assert (stored["0.weight"]["dtype"], stored["0.weight"]["tensors"]["param"]) == ("bfloat16", "float32")
+    for world_size in (1, 2, 3):
+        for loaded in run_ranks(world_size, _train_16_bit, tmp_path, True):
+            _assert_equal(loaded, saved)

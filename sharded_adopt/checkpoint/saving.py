@@ -41,10 +41,11 @@ from sharded_adopt.checkpoint.manifest import (
     identity_of,
 )
 from sharded_adopt.checkpoint.plain import dumps
+from sharded_adopt.checkpoint.reading import read_manifest
 from sharded_adopt.checkpoint.records import StoredFile
 from sharded_adopt.checkpoint.retention import Keep, prune_locked
 from sharded_adopt.checkpoint.root import Entry, RootLock, absolute, list_entries, make_root, sweep, unique
-from sharded_adopt.checkpoint.storage import DIRECTORY_MODE, NewFile, open_directory, read_manifest, sync_names
+from sharded_adopt.checkpoint.storage import DIRECTORY_MODE, NewFile, open_directory, sync_names
 from sharded_adopt.checkpoint.tensors import byte_views
 from sharded_adopt.checkpoint.together import Failure, collectives_for, first_difference, on_all, on_first
 from sharded_adopt.sharding.collectives import Collectives

@@ -16,9 +16,10 @@ from sharded_adopt.checkpoint.errors import (
 )
 from sharded_adopt.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_of, parse_manifest
 from sharded_adopt.checkpoint.plain import from_plain
+from sharded_adopt.checkpoint.reading import CheckedFile, check_files, read_manifest
 from sharded_adopt.checkpoint.root import absolute, list_entries, parse_name
 from sharded_adopt.checkpoint.staging import table_of
-from sharded_adopt.checkpoint.storage import CheckedFile, check_files, open_directory, read_manifest
+from sharded_adopt.checkpoint.storage import open_directory
 
 
 class Candidate(NamedTuple):

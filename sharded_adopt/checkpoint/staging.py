@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sharded_adopt.checkpoint import dtypes
 from sharded_adopt.checkpoint.manifest import Manifest
+from sharded_adopt.checkpoint.reading import CheckedFile
 from sharded_adopt.checkpoint.records import StoredParam
 from sharded_adopt.checkpoint.rng import check_rng_sizes, prepare_rng
-from sharded_adopt.checkpoint.storage import CheckedFile, open_directory
+from sharded_adopt.checkpoint.storage import open_directory
 from sharded_adopt.checkpoint.tensors import FileTable, byte_view, file_table, new_tensor, reorder, same_order
 from sharded_adopt.sharding.layout import ParamSpec, Segment, reshard_plan
 

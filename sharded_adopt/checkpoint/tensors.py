@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sharded_adopt.checkpoint import dtypes
 from sharded_adopt.checkpoint.errors import CheckpointCorrupt
+from sharded_adopt.checkpoint.reading import CheckedFile
 from sharded_adopt.checkpoint.records import StoredParam, StoredSegment, StoredTensor
-from sharded_adopt.checkpoint.storage import CheckedFile, empty_view
+from sharded_adopt.checkpoint.storage import empty_view
 
 _MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 _STAGED_NBYTES = 16 << 20  # of a tensor on another device, copied to the host at once
