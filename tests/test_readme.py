@@ -126,7 +126,6 @@ def sharded(**options: Any) -> Any:
 
 UNBUILT: dict[str, Callable[[], Any]] = {
     "meshes": lambda: sharded(mesh=object()),
-    "16-bit communication": lambda: sharded(reduce_dtype=torch.bfloat16),
     "`overlap_param_gather`": lambda: sharded(overlap_param_gather=True),
     "`from_adamw`": lambda: sharded_adopt.ADOPT.from_adamw(torch.optim.AdamW([torch.zeros(1, requires_grad=True)])),
     "`stats()`": lambda: sharded().stats(),

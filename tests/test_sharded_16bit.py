@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -184,6 +185,77 @@ def test_main_values_load_at_another_world_size(tmp_path: Path) -> None:
     loaded = run_ranks(2, load_there, str(tmp_path))
     for index in range(4):
         assert torch.equal(torch.cat([row[index] for row in saved]), torch.cat([row[index] for row in loaded]))
+
+
+def narrow_oracle(world_size: int, reduce_dtype: torch.dtype | None, gather_dtype: torch.dtype | None) -> list[Tensor]:
+    """One process in fp32: gradients rounded before they are averaged, main values stepped, parameters rounded after."""
+    model = Mixed(torch.float32)
+    """One process in fp32: gradients rounded before averaging, main values stepped, parameters rounded after."""
+    mains = [p.detach().clone() for p in params]
+    optimizer = ADOPT(mains, lr=1e-3)
+    for step in range(STEPS):
+        grads: list[list[Tensor]] = []
+        for rank in range(world_size):
+            model.zero_grad()
+            model(data(step, rank)).backward()
+            grads.append([p.grad for p in params if p.grad is not None])
+        for i, main in enumerate(mains):
+            wire = reduce_dtype or main.dtype
+            rows = [row[i].to(wire).to(torch.float32 if wire.itemsize == 2 else wire) for row in grads]
+            total = rows[0]
+            for row in rows[1:]:
+                total = total + row
+            main.grad = (total / world_size).to(main.dtype)
+        optimizer.step()
+        for p, main in zip(params, mains, strict=True):
+            p.data.copy_(main if gather_dtype is None else main.to(gather_dtype))
+    return [p.detach().clone() for p in params]
+
+
+def narrow(
+    rank: int, world_size: int, reduce_dtype: torch.dtype | None, gather_dtype: torch.dtype | None, frees: bool
+) -> tuple[list[Tensor], tuple[int, int]]:
+    sent = 0
+    isend = dist.isend
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.numel() * tensor.element_size()
+        return isend(tensor, *args, **kwargs)
+
+    model, optimizer = make(
+        rank, torch.float32, reduce_dtype=reduce_dtype, gather_dtype=gather_dtype, shard_gradients=frees
+    )
+    dist.isend = counting
+    train(model, optimizer, rank, range(STEPS))
+    return [p.detach().clone() for p in model.parameters()], (sent, STEPS * optimizer.memory_plan().sent)
+
+
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
+@pytest.mark.parametrize(
+    ("reduce_dtype", "gather_dtype"),
+    [(torch.bfloat16, None), (None, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float64, None)],
+    ids=str,
+)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_travels_narrow_equals_one_process_that_rounds(
+    world_size: int, reduce_dtype: torch.dtype | None, gather_dtype: torch.dtype | None, frees: bool
+) -> None:
+    expected = narrow_oracle(world_size, reduce_dtype, gather_dtype)
+    for params, (sent, planned) in run_ranks(world_size, narrow, reduce_dtype, gather_dtype, frees):
+        # On the first step ADOPT moves nothing, and parameters are fetched all the same: then they are rounded.
+        assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+        assert sent == planned
+
+
+def test_dtypes_of_the_wire_are_checked() -> None:
+    params = list(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match=r"reduce_dtype must be a floating-point torch\.dtype or None, got 'bf16'"):
+        ShardedADOPT(params, reduce_dtype="bf16")
+    with pytest.raises(ValueError, match=r"gather_dtype must be .* got torch.int8"):
+        ShardedADOPT(params, gather_dtype=torch.int8)
+    with pytest.raises(ValueError, match="must not be 'none'"):
+        ShardedADOPT(params, gather_dtype=torch.bfloat16, main_params="none")
 
 
 def unscaled_fp16(rank: int, world_size: int) -> None:

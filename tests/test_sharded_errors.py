@@ -74,8 +74,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         for name, value in {
             "mesh": object(),
             "sharding": "hybrid",
-            "reduce_dtype": torch.float32,
-            "gather_dtype": torch.bfloat16,
             "overlap_param_gather": True,
         }.items()
     },

@@ -115,30 +115,47 @@ class Collectives:
 
     # --- tensors of the size of a bucket ---------------------------------------------------------------------------
 
-    def reduce_scatter_mean_(self, buffer: Tensor, tag: int) -> Pending:
+    def reduce_scatter_mean_(self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None) -> Pending:
         """Start to replace this rank's slice of `buffer` by the mean of that slice over the ranks.
 
-        `buffer`: 1-D, `world_size` equal slices, the same on every rank. The other slices are left as they are. The sum
-        is taken in the order of the ranks and then divided. `tag` tells messages of one kind apart; every rank must
-        start the same operations in the same order. `buffer` must not change until `wait()` has returned.
+        `buffer`: 1-D, `world_size` equal slices, the same on every rank. The other slices are left as they are. Slices
+        travel in `dtype` (default: the buffer's); the sum is taken in the order of the ranks, of 16-bit numbers in
+        fp32, then divided and rounded once. `tag` tells messages of one kind apart; every rank must start the same
+        operations in the same order. `buffer` must not change until `wait()` has returned.
         """
         if self.world_size == 1 or buffer.numel() == 0:
             return _DONE
+        sent = self._cast(buffer, dtype)
         if self._is_gloo:
-            return _MeanOfSlices(self, buffer, tag)
-        shard = self._slices(buffer)[self.rank]
+            return _MeanOfSlices(self, buffer, sent, tag)
+        shard = self._slices(sent)[self.rank]
         # NCCL sums into its output, which may be a slice of its input.
-        work = dist.reduce_scatter_tensor(shard, buffer, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
-        return _Works([work], self._timedelta)
+        work = dist.reduce_scatter_tensor(shard, sent, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
+        return _Copied(self, _Works([work], self._timedelta), sent, buffer, [self.rank])
 
-    def all_gather_(self, buffer: Tensor, tag: int) -> Pending:
-        """Start to fill `buffer` (1-D, `world_size` equal slices) with every rank's own slice of it, in place."""
+    def all_gather_(self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None) -> Pending:
+        """Start to fill `buffer` (1-D, `world_size` equal slices) with every rank's own slice of it, in place.
+
+        Slices travel in `dtype` (default: the buffer's), which must hold the values of this rank's slice exactly.
+        """
         if self.world_size == 1 or buffer.numel() == 0:
             return _DONE
+        wire = self._cast(buffer, dtype)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
         if self._is_gloo:
-            return _SlicesInPlace(self, buffer, tag)
-        work = dist.all_gather_into_tensor(buffer, self._slices(buffer)[self.rank], group=self._data, async_op=True)
-        return _Works([work], self._timedelta)
+            slices = self._slices(wire)
+            works = _exchange(self, tag, lambda _: slices[self.rank], lambda rank: slices[rank])
+        else:
+            own = self._slices(wire)[self.rank]
+            work = dist.all_gather_into_tensor(wire, own, group=self._data, async_op=True)
+            works = _Works([work], self._timedelta)
+        return _Copied(self, works, wire, buffer, others)
+
+    def _cast(self, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """`buffer` itself, or a borrowed copy of it in `dtype`."""
+        if dtype is None or dtype is buffer.dtype or buffer.is_complex():
+            return buffer
+        return self._scratch.take(buffer.numel(), dtype, buffer.device).copy_(buffer)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite `tensor` (of any dtype and strides) by that of the first rank."""
@@ -285,15 +302,23 @@ def _exchange(group: Collectives, tag: int, sent: Callable[[int], Tensor], recei
     return _Works(works, group._timedelta)
 
 
-class _SlicesInPlace:
-    """An all-gather by exchange."""
+class _Copied:
+    """An operation on a copy of `buffer` in another dtype, of which some slices then go back; or on `buffer` itself."""
 
-    def __init__(self, group: Collectives, buffer: Tensor, tag: int) -> None:
-        slices = group._slices(buffer)
-        self._works = _exchange(group, tag, lambda _: slices[group.rank], lambda rank: slices[rank])
+    def __init__(self, group: Collectives, works: _Works, copy: Tensor, buffer: Tensor, ranks: Sequence[int]) -> None:
+        self._scratch = group._scratch
+        self._works = works
+        self._pairs = [(group._slices(buffer)[rank], group._slices(copy)[rank]) for rank in ranks]
+        self._copy: Tensor | None = None if copy is buffer else copy
 
     def wait(self) -> None:
         self._works.wait()
+        if self._copy is None:
+            return
+        for target, source in self._pairs:
+            target.copy_(source)
+        self._scratch.give_back(self._copy)
+        self._copy = None
 
 
 # A quarter of a MiB of fp32, so that a piece of each of two ranks fits a core's own cache.
@@ -303,31 +328,30 @@ _PIECE_NUMEL = 1 << 16
 class _MeanOfSlices:
     """A reduce-scatter by exchange: what the others send is kept aside until all is there, then added by rank."""
 
-    def __init__(self, group: Collectives, buffer: Tensor, tag: int) -> None:
-        slices = group._slices(buffer)
-        self._own, self._rank, self._world_size = slices[group.rank], group.rank, group.world_size
-        self._scratch = group._scratch
-        numel = self._own.numel()
-        self._arrived: Tensor | None = self._scratch.take((group.world_size - 1) * numel, buffer)
+    def __init__(self, group: Collectives, buffer: Tensor, sent: Tensor, tag: int) -> None:
+        self._rank, self._world_size, self._scratch = group.rank, group.world_size, group._scratch
+        self._target = group._slices(buffer)[group.rank]
+        self._sent, self._is_copy = sent, sent is not buffer
+        slices, numel = group._slices(sent), self._target.numel()
+        self._arrived: Tensor | None = self._scratch.take((group.world_size - 1) * numel, sent.dtype, sent.device)
         # Row of a rank: its number, with this rank's own left out.
         rows = self._arrived.view(group.world_size - 1, numel).unbind(0)
-        self._works = _exchange(
-            group, tag, lambda rank: slices[rank], lambda rank: rows[rank if rank < group.rank else rank - 1]
-        )
+        self._parts = [*rows[: group.rank], slices[group.rank], *rows[group.rank :]]
+        self._works = _exchange(group, tag, lambda rank: slices[rank], lambda rank: self._parts[rank])
 
     def wait(self) -> None:
         if self._arrived is None:
             return
         self._works.wait()
-        parts = list(self._arrived.view(self._world_size - 1, -1).unbind(0))
-        parts.insert(self._rank, self._own)
         # Piece by piece, so that a sum is divided while it is still in the cache.
-        for pieces in zip(*(part.split(_PIECE_NUMEL) for part in parts), strict=True):
-            # Rank 0 adds into its own slice, the others into what arrived first: no further memory either way, but for
-            # 16-bit numbers, which are added in fp32 and rounded once.
+        split = (part.split(_PIECE_NUMEL) for part in (self._target, *self._parts))
+        for target, *pieces in zip(*split, strict=True):
+            # Added into the first rank's piece, which nobody else needs: no further memory, but for 16-bit numbers.
             total = pieces[0].float() if pieces[0].itemsize == 2 else pieces[0]
             for piece in pieces[1:]:
                 total += piece
-            pieces[self._rank].copy_(total.div_(self._world_size))
+            target.copy_(total.div_(self._world_size))
         self._scratch.give_back(self._arrived)
+        if self._is_copy:
+            self._scratch.give_back(self._sent)
         self._arrived = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.sharding.agreement import require_same, require_same_layout
+from sharded_adopt.sharding.arguments import check_arguments
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
 from sharded_adopt.sharding.groups import Group, param_specs, read_groups, refuse_missing
@@ -27,7 +28,6 @@ from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
 from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
 from sharded_adopt.sharding.state import ShardedState, by_index
-from sharded_adopt.sharding.unbuilt import refuse_unbuilt
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -50,6 +50,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             backward. False stands beside it: `param.grad` must hold the averaged gradient.
         main_params: what 16-bit parameters are updated in. "auto" and "fp32": in fp32 values that their owner keeps
             (4/W bytes a parameter), of which they are the rounding. "none": in place.
+        reduce_dtype: what gradients travel in (default: their own dtype). 16-bit ones are added in fp32.
+        gather_dtype: what wider parameters are fetched in (default: their own dtype). All ranks, the owner too, then
+            hold them rounded to it, and the owner keeps the unrounded main values.
         bucket_cap_mb: the size of a bucket in MiB; a larger parameter fills one alone.
         overlap_grad_reduce: start to reduce a bucket as soon as backward has filled it.
         timeout: seconds that any exchange may take (default: torch.distributed's).
@@ -94,25 +97,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         timeout: float | None = None,
         **defaults: Any,
     ) -> None:
-        refuse_unbuilt(
-            mesh=(mesh, None),
-            sharding=(sharding, "full"),
-            overlap_param_gather=(overlap_param_gather, False),
-            reduce_dtype=(reduce_dtype, None),
-            gather_dtype=(gather_dtype, None),
+        check_arguments(
+            mesh=mesh,
+            sharding=sharding,
+            shard_gradients=shard_gradients,
+            reduce_gradients=reduce_gradients,
+            bucket_cap_mb=bucket_cap_mb,
+            overlap_param_gather=overlap_param_gather,
+            reduce_dtype=reduce_dtype,
+            gather_dtype=gather_dtype,
+            main_params=main_params,
         )
-        if main_params not in ("auto", "fp32", "none"):
-            raise ValueError(f"main_params must be 'auto', 'fp32' or 'none', got {main_params!r}")
-        if not bucket_cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
-        if shard_gradients and not reduce_gradients:
-            raise ValueError(
-                "shard_gradients=True frees what this optimizer has reduced, but with reduce_gradients=False it "
-                "reduces nothing: choose one of the two"
-            )
         refuse_not_elementwise(optimizer_class)
         self._built = False
         self._reduces = reduce_gradients
+        self._reduce_dtype, self._gather_dtype = reduce_dtype, gather_dtype
         self._keeps_gradients = reduce_gradients and not shard_gradients
         self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
         self._collectives = Collectives(process_group, timeout)
@@ -129,9 +128,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._collectives.raise_together(error)
 
         self._inner = InnerOptimizer(optimizer_class, defaults, [group.options for group in groups])
-        self._parameters = ShardedParameters(self._collectives, keeps_main=main_params != "none")
+        self._parameters = ShardedParameters(
+            self._collectives, keeps_main=main_params != "none", wire_dtype=gather_dtype
+        )
         self._gradients: GradientSource = (
-            GradientReducer(self._collectives, overlap_grad_reduce, shard_gradients)
+            GradientReducer(self._collectives, overlap_grad_reduce, shard_gradients, reduce_dtype)
             if reduce_gradients
             else GivenGradients(self._collectives)
         )
@@ -210,6 +211,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._inner.step(bucket)
                 self._parameters.round_main(bucket)
                 under_way.append(self._parameters.gather_bucket(bucket))
+                if self._gather_dtype is not None and len(under_way) > MAX_KEPT_IN_FLIGHT:
+                    under_way.pop(0).wait()  # it holds a copy of its bucket until then
             for index in present:
                 # A view: kept, it would keep a gradient alive that the user drops.
                 self._parameters.segments[index].grad = None
@@ -293,8 +296,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Go on after an error that was caught on every rank: new groups, no gradients left, whole parameters."""
         self._collectives.reopen()
         self._gradients.abandon()
-        for bucket in range(len(self.layout.buckets)):
-            self._parameters.refresh_main(bucket)
+        self._parameters.refresh_all_main()
         self._parameters.gather()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -411,6 +413,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.layout,
             self._inner.state_nbytes_per_element(self.layout),
             keeps_main=self._parameters.keeps_main,
+            reduce_itemsize=None if self._reduce_dtype is None else self._reduce_dtype.itemsize,
+            gather_itemsize=None if self._gather_dtype is None else self._gather_dtype.itemsize,
             reduces_gradients=self._reduces,
             shards_gradients=self._reduces and not self._keeps_gradients,
             buckets_in_flight=MAX_KEPT_IN_FLIGHT if self._keeps_gradients else MAX_FREED_IN_FLIGHT,

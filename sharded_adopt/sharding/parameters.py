@@ -22,21 +22,26 @@ class ShardedParameters:
     writes the parameter; or, with `keeps_main`, for a 16-bit parameter a view of this rank's *main values*: fp32, of
     which the parameter is the rounding. [Note: main values]
 
+    `wire_dtype`: what wider parameters travel in. Every rank then holds them rounded to it, and their owner keeps main
+    values, as for 16-bit parameters.
+
     [Note: main values] At a learning rate of 1e-4 most updates are smaller than half the distance between two bf16
     numbers and would be lost. The fp32 values that take them are kept by the owner of the segment only. They are set
     from the parameter at construction, and again where somebody else has written the parameter since: where it is no
     longer their rounding.
     """
 
-    def __init__(self, group: Collectives, keeps_main: bool) -> None:
+    def __init__(self, group: Collectives, keeps_main: bool, wire_dtype: torch.dtype | None) -> None:
         self._group = group
         self.keeps_main = keeps_main
+        self._wire_dtype = wire_dtype
         self._main: dict[int, Tensor] = {}  # 1D, shard_numel, fp32; by bucket
         self.layout = Layout(group.world_size, (), ())
         self.tensors: list[Tensor] = []
         self.segments: list[Tensor] = []  # 1D each
         self.buffers: list[BucketBuffer] = []
         self._views: list[Tensor] = []
+        self._bucket_of: dict[int, int] = {}
 
     def add(self, layout: Layout, tensors: Sequence[Tensor], with_grads: bool, broadcast: bool) -> None:
         """Bind the parameters that `layout` holds behind the known ones.
@@ -52,8 +57,12 @@ class ShardedParameters:
             if broadcast:
                 self._group.broadcast_(buffer.params)
             self.buffers.append(buffer)
-            if self.keeps_main and buffer.params.dtype in SIXTEEN_BIT:
-                self._main[index] = buffer.params[buffer.shard].float()
+            self._bucket_of.update((placement.param, index) for placement in bucket.placements)
+            shard = buffer.params[buffer.shard]
+            if self.keeps_main and shard.dtype in SIXTEEN_BIT:
+                self._main[index] = shard.float()
+            elif self._travels_as(index) is not None:
+                self._main[index] = shard.clone()
         first = len(self.segments)
         places = {p.param: (index, p.start) for index, b in enumerate(layout.buckets) for p in b.placements}
         for segment in layout.segments(self._group.rank)[first:]:
@@ -83,8 +92,18 @@ class ShardedParameters:
         return None
 
     def main_of(self, index: int) -> Tensor | None:
-        """The main values of parameter `index` on this rank (1-D, fp32), or None where it has none."""
-        return self.segments[index] if self.segments[index].dtype is not self.tensors[index].dtype else None
+        """The main values of parameter `index` on this rank (1-D), or None where it has none."""
+        return self.segments[index] if self._bucket_of[index] in self._main else None
+
+    def _travels_as(self, bucket: int) -> torch.dtype | None:
+        """The narrower dtype in which a bucket's parameters are fetched, or None for their own."""
+        dtype, wire = self.buffers[bucket].params.dtype, self._wire_dtype
+        return wire if wire is not None and wire.itemsize < dtype.itemsize and not dtype.is_complex else None
+
+    def _rounded(self, bucket: int) -> Tensor:
+        """What the parameters of a bucket on this rank are, given their main values."""
+        main, dtype = self._main[bucket], self.buffers[bucket].params.dtype
+        return main.to(self._travels_as(bucket) or dtype).to(dtype)
 
     def refresh_main(self, bucket: int) -> None:
         """Take over what somebody else has written to the parameters of a bucket since the last step."""
@@ -92,16 +111,21 @@ class ShardedParameters:
         if main is None:
             return
         written = self.buffers[bucket].params[self.buffers[bucket].shard]
-        main.copy_(torch.where(main.to(written.dtype) == written, main, written.float()))
+        main.copy_(torch.where(self._rounded(bucket) == written, main, written.to(main.dtype)))
+
+    def refresh_all_main(self) -> None:
+        """The same for every bucket."""
+        for bucket in self._main:
+            self.refresh_main(bucket)
 
     def round_main(self, bucket: int) -> None:
         """Write the rounding of the main values of a bucket to its parameters, on this rank."""
         if bucket in self._main:
-            self.buffers[bucket].params[self.buffers[bucket].shard].copy_(self._main[bucket])
+            self.buffers[bucket].params[self.buffers[bucket].shard].copy_(self._rounded(bucket))
 
     def gather_bucket(self, bucket: int) -> Pending:
         """Start to fetch every rank's shard of one bucket. Collective; in the same order on every rank."""
-        return self._group.all_gather_(self.buffers[bucket].params, tag=bucket)
+        return self._group.all_gather_(self.buffers[bucket].params, bucket, self._travels_as(bucket))
 
     def gather(self) -> None:
         """Make every parameter whole again from the shards of its owners. Collective."""

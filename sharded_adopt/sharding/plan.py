@@ -42,27 +42,42 @@ def plan_memory(
     layout: Layout,
     state_nbytes_per_element: dict[str, int],
     keeps_main: bool,
+    reduce_itemsize: int | None,
+    gather_itemsize: int | None,
     reduces_gradients: bool,
     shards_gradients: bool,
     buckets_in_flight: int,
 ) -> MemoryPlan:
     """Add up what `layout` needs.
 
-    `keeps_main`: fp32 values beside 16-bit parameters. `state_nbytes_per_element`: for each dtype of parameters, the
-    bytes of state of one element (8 for fp32 ADOPT).
+    `state_nbytes_per_element`: for each dtype of parameters, the bytes of state of one element (8 for fp32 ADOPT).
+    `keeps_main`: fp32 values beside 16-bit parameters. `reduce_itemsize`, `gather_itemsize`: bytes of an element on the
+    wire, where they are not those of the parameters.
     """
+    others = layout.world_size - 1
     itemsize = {param.key.dtype: param.itemsize for param in layout.params}
-    buffers = [bucket.padded_numel * itemsize[bucket.key.dtype] for bucket in layout.buckets]
-    shards = [bucket.shard_numel * itemsize[bucket.key.dtype] for bucket in layout.buckets]
-    to_others = sum(shards) * (layout.world_size - 1)
-    largest = sorted(shards, reverse=True)[:buckets_in_flight]
+    parameters = gradients = state = main = sent_gradients = sent_parameters = 0
+    arriving: list[int] = []
+    for bucket in layout.buckets:
+        size = itemsize[bucket.key.dtype]
+        is_complex = bucket.key.dtype.startswith("complex")
+        reduced = size if reduce_itemsize is None or is_complex else reduce_itemsize
+        narrows = gather_itemsize is not None and gather_itemsize < size and not is_complex
+        parameters += bucket.padded_numel * size
+        gradients += (bucket.shard_numel if shards_gradients else bucket.padded_numel) * size
+        state += bucket.shard_numel * state_nbytes_per_element[bucket.key.dtype]
+        main += bucket.shard_numel * (4 if size == 2 and keeps_main else size if narrows else 0)
+        sent_gradients += bucket.shard_numel * reduced * others
+        sent_parameters += bucket.shard_numel * (gather_itemsize if narrows and gather_itemsize else size) * others
+        copied = bucket.padded_numel * reduced if reduced != size else 0
+        arriving.append(bucket.shard_numel * reduced * others + copied)
     return MemoryPlan(
         world_size=layout.world_size,
-        parameters=sum(buffers),
-        gradients=0 if not reduces_gradients else sum(shards) if shards_gradients else sum(buffers),
-        state=sum(b.shard_numel * state_nbytes_per_element[b.key.dtype] for b in layout.buckets),
-        main_parameters=sum(4 * b.shard_numel for b in layout.buckets if keeps_main and itemsize[b.key.dtype] == 2),
-        in_flight=sum(largest) * (layout.world_size - 1) if reduces_gradients else 0,
-        sent_gradients=to_others if reduces_gradients else 0,
-        sent_parameters=to_others,
+        parameters=parameters,
+        gradients=gradients if reduces_gradients else 0,
+        state=state,
+        main_parameters=main,
+        in_flight=sum(sorted(arriving, reverse=True)[:buckets_in_flight]) if reduces_gradients else 0,
+        sent_gradients=sent_gradients if reduces_gradients else 0,
+        sent_parameters=sent_parameters,
     )

@@ -68,8 +68,10 @@ class _BucketReduction:
         specs: Sequence[ParamSpec],
         errors: list[Exception],
         scratch: Scratch,
+        wire_dtype: torch.dtype | None,
     ) -> None:
         self.buffer = buffer
+        self._wire_dtype = wire_dtype
         self.keeps = buffer.grads is not None
         self.specs = specs
         self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
@@ -99,7 +101,8 @@ class _BucketReduction:
         """The flat buffer, borrowed and zeroed where none is held."""
         if self.flat is not None:
             return self.flat
-        return self._use(self._scratch.take(self.buffer.bucket.padded_numel, self.buffer.params).zero_())
+        like = self.buffer.params
+        return self._use(self._scratch.take(self.buffer.bucket.padded_numel, like.dtype, like.device).zero_())
 
     def _free(self) -> None:
         if not self.keeps and self.flat is not None:
@@ -213,7 +216,7 @@ class _BucketReduction:
     def start(self, group: Collectives, again: bool) -> None:
         flat = self.opened()
         self.round.launched = True
-        self.pending = group.reduce_scatter_mean_(flat, tag=2 * self.buffer.index + again)
+        self.pending = group.reduce_scatter_mean_(flat, 2 * self.buffer.index + again, self._wire_dtype)
         self.version = flat._version
 
     def check_untouched(self) -> None:
@@ -314,11 +317,13 @@ class _BucketReduction:
 class GradientReducer:
     """Averages gradients over the ranks, bucket by bucket, while backward runs. See [Note: a round].
 
-    `overlap=False` leaves every reduction to `agree`. `frees` is ZeRO-2.
+    `overlap=False` leaves every reduction to `agree`. `frees` is ZeRO-2. `wire_dtype`: what gradients travel in
+    (default: their own dtype).
     """
 
-    def __init__(self, group: Collectives, overlap: bool, frees: bool) -> None:
+    def __init__(self, group: Collectives, overlap: bool, frees: bool, wire_dtype: torch.dtype | None) -> None:
         self._group = group
+        self._wire_dtype = wire_dtype
         self._overlap = overlap
         self._max_in_flight = MAX_FREED_IN_FLIGHT if frees else MAX_KEPT_IN_FLIGHT
         self._scratch = Scratch()
@@ -334,7 +339,7 @@ class GradientReducer:
         """Take over the parameters and buckets that came behind the known ones. Not within a round."""
         self._layout = layout
         for buffer in buffers[len(self._buckets) :]:
-            bucket = _BucketReduction(buffer, params, layout.params, self._errors, self._scratch)
+            bucket = _BucketReduction(buffer, params, layout.params, self._errors, self._scratch, self._wire_dtype)
             self._buckets.append(bucket)
             self._of_param.update(dict.fromkeys(bucket.params, bucket))
         self._watch()

@@ -15,16 +15,16 @@ class Scratch:
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
-    def take(self, numel: int, like: Tensor) -> Tensor:
-        """A 1-D tensor of `numel` elements with the dtype and device of `like`."""
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A 1-D tensor of `numel` elements."""
         for position, one in enumerate(self._free):
             whole = one._base if one._base is not None else one
-            if whole.numel() >= numel and whole.dtype is like.dtype and whole.device == like.device:
+            if whole.numel() >= numel and whole.dtype is dtype and whole.device == device:
                 del self._free[position]
                 return whole[:numel]
         # Too small for this: let them go rather than keep both.
-        self._free = [one for one in self._free if one.dtype is not like.dtype or one.device != like.device]
-        return torch.empty(numel, dtype=like.dtype, device=like.device)[:]
+        self._free = [one for one in self._free if one.dtype is not dtype or one.device != device]
+        return torch.empty(numel, dtype=dtype, device=device)[:]
 
     def give_back(self, tensor: Tensor) -> None:
         """Return a tensor that `take` has given; nothing may use it any more."""
