@@ -188,9 +188,9 @@ def test_main_values_load_at_another_world_size(tmp_path: Path) -> None:
 
 
 def narrow_oracle(world_size: int, reduce_dtype: torch.dtype | None, gather_dtype: torch.dtype | None) -> list[Tensor]:
-    """One process in fp32: gradients rounded before they are averaged, main values stepped, parameters rounded after."""
-    model = Mixed(torch.float32)
     """One process in fp32: gradients rounded before averaging, main values stepped, parameters rounded after."""
+    model = Mixed(torch.float32)
+    params = list(model.parameters())
     mains = [p.detach().clone() for p in params]
     optimizer = ADOPT(mains, lr=1e-3)
     for step in range(STEPS):
