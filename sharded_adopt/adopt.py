@@ -24,7 +24,7 @@ from sharded_adopt import options
 from sharded_adopt.clipping import PowerClip, as_clip
 from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
 from sharded_adopt.gathering import Gathered, Memory
-from sharded_adopt.kernels import Kernels
+from sharded_adopt.kernels import Kernels, NotDenseError
 from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
 from sharded_adopt.loading import checked_group, pack_groups, reveal_state, unpack
 from sharded_adopt.options import StateDtype
@@ -171,7 +171,12 @@ class ADOPT(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._update()
+            try:
+                self._update()
+            except NotDenseError:
+                self._memory = None
+                self._gather()  # says which parameter it is
+                raise
         return loss
 
     def _update(self) -> None:

@@ -63,7 +63,9 @@ class Memory:
                 return None
         except KeyError:
             return None
-        calls = [kept.again(group) for kept, group in zip(self._groups, groups, strict=True)]
+        # The fused kernel looks for itself before it changes anything, but only at one group.
+        look = len(groups) > 1 or any(g["fused"] is False or g["foreach"] is not None for g in groups)
+        calls = [kept.again(group, look) for kept, group in zip(self._groups, groups, strict=True)]
         return None if None in calls else cast("list[Gathered]", calls)
 
 
@@ -77,7 +79,7 @@ class _GroupMemory:
         self._lists = tuple(map(tuple, (call.params, call.exp_avgs, call.exp_avg_sqs, call.steps)))
         self._rest = call.has_complex, call.offsets
 
-    def again(self, group: dict[str, Any]) -> Gathered | None:
+    def again(self, group: dict[str, Any], look_at_layouts: bool) -> Gathered | None:
         members = group["params"]
         if len(members) != len(self._members) or not _same(members, self._members):
             return None
@@ -89,7 +91,7 @@ class _GroupMemory:
             if not all(map(operator.eq, (grad is not None for grad in grads), self._have_grads)):
                 return None
             grads = list(compress(grads, self._have_grads))
-        if not all(map(operator.is_, map(_LAYOUT, grads), repeat(torch.strided))):
+        if look_at_layouts and not all(map(operator.is_, map(_LAYOUT, grads), repeat(torch.strided))):
             return None  # whoever gathers afresh says which parameter it is
         params, exp_avgs, exp_avg_sqs, steps = self._lists
         return Gathered(group, params, cast("list[Tensor]", grads), exp_avgs, exp_avg_sqs, steps, *self._rest)

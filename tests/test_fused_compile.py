@@ -85,7 +85,7 @@ def test_a_clip_that_is_code_is_traced_with_the_foreach_kernel() -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's look
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_whole_training_step_compiles() -> None:
     eager_model = _model()
     model = copy.deepcopy(eager_model)

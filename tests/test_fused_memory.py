@@ -162,3 +162,20 @@ def test_zero_grad_frees_the_gradients() -> None:
     optimizer.zero_grad()
     gc.collect()
     assert [grad() for grad in grads] == [None] * 5
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_a_gradient_that_turns_sparse_is_refused_before_anything_changes(foreach: bool | None) -> None:
+    params = [Parameter(torch.ones(4, 2)) for _ in range(3)]
+    for groups in ([{"params": params}], [{"params": params[:2]}, {"params": params[2:]}]):
+        optimizer = ADOPT(groups, lr=1.0, foreach=foreach)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        before = [param.detach().clone() for param in params]
+        params[2].grad = torch.eye(4, 2).to_sparse()
+        with pytest.raises(RuntimeError, match="that of parameter number"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 3]

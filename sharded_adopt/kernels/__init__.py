@@ -12,11 +12,11 @@ from torch.nn import Parameter
 
 from sharded_adopt.clipping import Clip
 from sharded_adopt.kernels.foreach import adopt_foreach_
-from sharded_adopt.kernels.fused import FusedAdopt, supports, why_unavailable
+from sharded_adopt.kernels.fused import FusedAdopt, NotDenseError, supports, why_unavailable
 from sharded_adopt.kernels.fused import is_available as fused_is_available
 from sharded_adopt.kernels.reference import adopt_reference_
 
-__all__ = ["Kernel", "Kernels", "check_choice", "fused_is_available"]
+__all__ = ["Kernel", "Kernels", "NotDenseError", "check_choice", "fused_is_available"]
 
 
 class Kernel(Protocol):
@@ -87,7 +87,7 @@ class Kernels:
         """
         check_choice(foreach=foreach, fused=fused, differentiable=differentiable)
         if fused or (fused is None and foreach is None and not differentiable):
-            if supports(params, grads):
+            if supports(params):
                 return self._fused
             if fused:
                 kinds = {tuple(f"{t.device.type} {t.dtype}" for t in row) for row in zip(params, grads, strict=True)}

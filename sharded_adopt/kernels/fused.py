@@ -35,6 +35,7 @@ from sharded_adopt.kernels.working import lr_for, skipped_on_host
 
 _MAXIMIZE, _UNSCALE, _L2, _DECOUPLED, _NESTEROV, _INIT_ELEMENT = (1 << bit for bit in range(6))
 _PARAM, _EXP_AVG, _EXP_AVG_SQ, _STEP = 0, 2, 3, 4
+_NOT_DENSE = -2
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLANS_KEPT = 64  # lists that one optimizer steps, as a rule one for each parameter group
 
@@ -94,13 +95,13 @@ def why_unavailable(device_type: str = "cpu") -> str:
     return f"the fused kernel for {device_type} is missing: {reasons.get(device_type, 'nobody wrote one')}"
 
 
-def supports(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether a fused kernel can run on these lists: plain tensors on one device that has one."""
-    return (
-        all(runs_on(param.device) for param in params[:1])
-        and set(map(type, params)) <= {Tensor, Parameter}
-        and set(map(type, grads)) <= {Tensor}
-    )
+def supports(params: Sequence[Tensor]) -> bool:
+    """Whether a fused kernel can run on these parameters: plain tensors on a device that has one."""
+    return all(runs_on(param.device) for param in params[:1]) and set(map(type, params)) <= {Tensor, Parameter}
+
+
+class NotDenseError(RuntimeError):
+    """A gradient is not dense. Raised before anything is changed; whoever knows the parameters' names says which."""
 
 
 class _Rule(ctypes.Structure):
@@ -243,8 +244,8 @@ class FusedAdopt:
                 while len(self._plans) >= _PLANS_KEPT:
                     self._plans.pop(next(iter(self._plans)))
                 self._plans[key] = plan
-        left = plan.run(grads, options)
         increment_version(params)
+        left = plan.run(grads, options)
         for device in {params[i].device for i in plan.others}:
             rest, starts = _rows([i for i in plan.others if params[i].device == device], lists, offsets)
             self._elsewhere(device)(*rest, offsets=starts, **options)
@@ -310,6 +311,7 @@ class _Plan:
         for mine, theirs in zip(self._lists, lists, strict=True):
             if mine is not theirs and (len(mine) != len(theirs) or not all(map(operator.is_, mine, theirs))):
                 return False
+        self._lists = tuple(map(tuple, lists))  # a caller that keeps tuples is known again at once
         return self._offsets == (None if offsets is None else tuple(offsets))
 
     def run(self, grads: Sequence[Tensor], options: dict[str, Any]) -> list[int]:
@@ -320,6 +322,8 @@ class _Plan:
         left = torch.ops.sharded_adopt.adopt_native_.default(self._address, self._rule_address, grads)
         if left == 0:
             return []
+        if left == _NOT_DENSE:
+            raise NotDenseError("ADOPT needs dense gradients")
         if left < 0:
             raise ValueError(f"grads must hold one tensor for each of the {len(self._lists[0])} params")
         flags = ctypes.create_string_buffer(self._rows)

@@ -165,6 +165,7 @@ struct row {
     int8_t usable;          /* else the reference kernel takes this row */
     int8_t is_cut;          /* reached through more than one grain */
     _Atomic int8_t left;    /* in this step */
+    float *_Atomic step_at; /* where the step of a cut row was found in this step */
 };
 
 struct plan {
@@ -409,12 +410,13 @@ static void update_range(struct job *job, int64_t from, int64_t to) {
     for (int64_t i = low; from < to; i++) {
         struct row *row = &plan->row[i];
         struct found found;
-        prefetch_row(plan, i);
         const int64_t begin = from - (row->end - row->numel);
         const int64_t stop = row->end < to ? row->end : to;
         const double step = plan->step[row->step_index];
-        if (row->numel && !row->left) {
-            if (!find(row, &found) || *(float *)found.at[STEP] != step) {
+        const int is_found = row->numel && !row->left && find(row, &found) && *(float *)found.at[STEP] == step;
+        prefetch_row(plan, i); /* not before `find`, which would have to queue behind it */
+        if (row->numel) {
+            if (!is_found) {
                 row->left = 1;
             } else {
                 struct run piece = {
@@ -435,7 +437,9 @@ static void update_range(struct job *job, int64_t from, int64_t to) {
                         chosen->update(&run, rule);
                     run = piece;
                 }
-                if (!row->is_cut)
+                if (row->is_cut)
+                    row->step_at = (float *)found.at[STEP];
+                else
                     *(float *)found.at[STEP] += (float)rule->step_increment;
             }
         }
@@ -479,14 +483,16 @@ static int take_column(struct plan *plan, int column, handle list) {
     return (int64_t)count == plan->rows;
 }
 
-/* Steps that no grain could advance: of rows in several grains, which all have to see the old step, and of empty ones. */
+/* Steps that no grain could advance: of cut rows, all of whose grains have to see the old step, and of empty rows. */
 static void advance_other_rows(struct plan *plan, const struct rule *rule) {
     for (int64_t i = 0; i < plan->rows; i++) {
         struct row *row = &plan->row[i];
         struct found found;
-        if ((!row->is_cut && row->numel) || row->left)
+        if (row->left || (row->numel && !row->is_cut))
             continue;
-        if (find(row, &found) && *(float *)found.at[STEP] == plan->step[row->step_index])
+        if (row->is_cut)
+            *row->step_at += (float)rule->step_increment;
+        else if (find(row, &found) && *(float *)found.at[STEP] == plan->step[row->step_index])
             *(float *)found.at[STEP] += (float)rule->step_increment;
         else
             row->left = 1;
@@ -522,6 +528,14 @@ EXPORT void sharded_adopt_plan_left(const struct plan *plan, uint8_t *left) {
         left[i] = (uint8_t)plan->row[i].left;
 }
 
+static int grads_are_dense(const struct plan *plan) {
+    int32_t layout;
+    for (int64_t i = 0; i < plan->rows; i++)
+        if (torch.get_layout(plan->row[i].tensor[GRAD], &layout) || layout != torch_strided)
+            return 0;
+    return 1;
+}
+
 /* Gradients are let go after every step: kept, they would outlive zero_grad(). */
 static void release_grads(struct plan *plan) {
     enum { FAR = 32, NEAR = 16 };
@@ -547,14 +561,17 @@ static void bind_boxed(stable_value *stack, uint64_t arguments, uint64_t results
     stack[0] = (stable_value)!take_column((struct plan *)stack[0], (int)stack[1], (handle)stack[2]);
 }
 
-/* adopt_native_(int plan, int rule, Tensor[] grads) -> int: one step. Returns how many rows were left, or -1 if there are
- * too many or too few gradients. */
+/* adopt_native_(int plan, int rule, Tensor[] grads) -> int: one step. Returns how many rows were left, -1 if there are
+ * too many or too few gradients, -2 if one of them is not dense; then nothing has changed. */
 static void update_boxed(stable_value *stack, uint64_t arguments, uint64_t results) {
     struct plan *plan = (struct plan *)stack[0];
     const struct rule *rule = (const struct rule *)stack[1];
     (void)arguments;
     (void)results;
-    stack[0] = (stable_value)(take_column(plan, GRAD, (handle)stack[2]) ? update(plan, rule) : -1);
+    if (!take_column(plan, GRAD, (handle)stack[2]))
+        stack[0] = (stable_value)-1;
+    else
+        stack[0] = (stable_value)(grads_are_dense(plan) ? update(plan, rule) : -2);
     release_grads(plan);
 }
 
