@@ -14,6 +14,7 @@ from ranks import run_ranks
 from torch import nn
 
 from sharded_adopt import ADOPT, ShardedADOPT, ShardedOptimizer
+from sharded_adopt.sharding.collectives import RankLost
 
 
 def weights(*sizes: int) -> list[nn.Parameter]:
@@ -236,7 +237,7 @@ def test_a_parameter_given_other_memory_is_bound_again_with_its_values() -> None
 def fail_and_go_on(rank: int, world_size: int) -> list[float]:
     model = AwkwardModel()
     optimizer = ShardedADOPT(model.named_parameters(), lr=0.05, timeout=1.0, bucket_cap_mb=100 / 2**20)
-    caught: list[str] = []
+    caught: list[Exception] = []
     begin = time.monotonic()
     for step in range(4):
         try:
@@ -247,10 +248,13 @@ def fail_and_go_on(rank: int, world_size: int) -> list[float]:
             loss.backward()
             optimizer.step()
         except (ArithmeticError, RuntimeError) as error:
-            caught.append(type(error).__name__)
+            caught.append(error)
             # The other rank has waited for its timeout; both are here now.
             optimizer.reset()
-    assert caught == ["ArithmeticError"] if rank == 1 else caught == ["RuntimeError"]
+    (error,) = caught
+    assert isinstance(error, ArithmeticError if rank == 1 else RankLost)
+    if rank == 0:
+        assert re.search(r"(from|gradients of bucket \d+ for) rank 1: .*[Tt]imed out", str(error)), error
     assert time.monotonic() - begin < 8
     return [p.sum().item() for p in model.parameters()]
 
@@ -258,6 +262,29 @@ def fail_and_go_on(rank: int, world_size: int) -> list[float]:
 def test_after_an_error_caught_on_every_rank_reset_lets_training_go_on() -> None:
     first, second = run_ranks(2, fail_and_go_on, timeout=30)
     assert first == second
+
+
+def another_lr(rank: int, world_size: int, reduces: bool) -> str:
+    model = AwkwardModel()
+    optimizer = ShardedADOPT(model.named_parameters(), lr=0.05, reduce_gradients=reduces)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 0.1 + 0.1 * rank
+    with pytest.raises(ValueError, match="lr") as caught:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert all(float(state["step"]) == 2 for state in optimizer.state.values())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("reduces", [True, False])
+def test_a_learning_rate_that_differs_by_rank_is_named_at_the_step(reduces: bool) -> None:
+    for message in run_ranks(2, another_lr, reduces):
+        assert "parameter group 0: lr 0.1 against 0.2" in message
 
 
 def killed_in_backward(rank: int, world_size: int) -> float:
@@ -270,7 +297,7 @@ def killed_in_backward(rank: int, world_size: int) -> float:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
     model(*batch(0, rank)).backward()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RankLost, match="rank 1"):
         optimizer.step()
     raise AssertionError(f"the survivor was told after {time.monotonic() - begin:.1f} s")
 

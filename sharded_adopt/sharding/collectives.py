@@ -24,11 +24,15 @@ from torch import Tensor
 
 from sharded_adopt.sharding.scratch import Scratch
 
-__all__ = ["Collectives", "Pending", "RanksDisagree"]
+__all__ = ["Collectives", "Pending", "RankLost", "RanksDisagree"]
 
 
 class RanksDisagree(ValueError):
     """The ranks were given different things where all must be given the same."""
+
+
+class RankLost(RuntimeError):
+    """Another rank has failed, left, or not come in time; the message says which, and with what."""
 
 
 class Pending(Protocol):
@@ -115,7 +119,9 @@ class Collectives:
 
     # --- tensors of the size of a bucket ---------------------------------------------------------------------------
 
-    def reduce_scatter_mean_(self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None) -> Pending:
+    def reduce_scatter_mean_(
+        self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None, what: str = "gradients"
+    ) -> Pending:
         """Start to replace this rank's slice of `buffer` by the mean of that slice over the ranks.
 
         `buffer`: 1-D, `world_size` equal slices, the same on every rank. The other slices are left as they are. Slices
@@ -127,13 +133,16 @@ class Collectives:
             return _DONE
         sent = self._cast(buffer, dtype)
         if self._is_gloo:
-            return _MeanOfSlices(self, buffer, sent, tag)
+            return _MeanOfSlices(self, buffer, sent, tag, what)
         shard = self._slices(sent)[self.rank]
         # NCCL sums into its output, which may be a slice of its input.
         work = dist.reduce_scatter_tensor(shard, sent, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
-        return _Copied(self, _Works([work], self._timedelta), sent, buffer, [self.rank])
+        works = _Works([(work, f"rank {self.rank} reduces {what}")], self._timedelta)
+        return _Copied(self, works, sent, buffer, [self.rank])
 
-    def all_gather_(self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None) -> Pending:
+    def all_gather_(
+        self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None, what: str = "parameters"
+    ) -> Pending:
         """Start to fill `buffer` (1-D, `world_size` equal slices) with every rank's own slice of it, in place.
 
         Slices travel in `dtype` (default: the buffer's), which must hold the values of this rank's slice exactly.
@@ -144,11 +153,11 @@ class Collectives:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         if self._is_gloo:
             slices = self._slices(wire)
-            works = _exchange(self, tag, lambda _: slices[self.rank], lambda rank: slices[rank])
+            works = _exchange(self, tag, what, lambda _: slices[self.rank], lambda rank: slices[rank])
         else:
             own = self._slices(wire)[self.rank]
             work = dist.all_gather_into_tensor(wire, own, group=self._data, async_op=True)
-            works = _Works([work], self._timedelta)
+            works = _Works([(work, f"rank {self.rank} fetches {what}")], self._timedelta)
         return _Copied(self, works, wire, buffer, others)
 
     def _cast(self, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -188,8 +197,12 @@ class Collectives:
 
     def max_(self, tensor: Tensor) -> None:
         """Replace `tensor` (on the CPU) by its elementwise maximum over the ranks."""
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return
+        try:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
+        except RuntimeError as error:
+            raise _lost(f"rank {self.rank} waits for the others' word on this step", error) from error
 
     def all_gather_scalar(self, scalar: Tensor) -> list[Tensor]:
         """Every rank's 0-dim tensor (on the CPU), by rank."""
@@ -270,35 +283,53 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class _Works:
-    """torch's handles of operations under way."""
+    """torch's handles of operations under way, each with what an error must say of it."""
 
-    def __init__(self, works: list[Any], timeout: datetime.timedelta | None) -> None:
+    def __init__(self, works: list[tuple[Any, str]], timeout: datetime.timedelta | None) -> None:
         self._works = works
         self._timeout = timeout
 
     def wait(self) -> None:
         while self._works:
-            # Said here: gloo's point-to-point messages do not know of a timeout that was set after their group was
-            # made.
-            work = self._works[-1]
-            work.wait() if self._timeout is None else work.wait(self._timeout)
+            work, what = self._works[-1]
+            try:
+                # Said here: gloo's point-to-point messages do not know of a timeout that was set after their group was
+                # made.
+                work.wait() if self._timeout is None else work.wait(self._timeout)
+            except RuntimeError as error:
+                raise _lost(what, error) from error
             self._works.pop()
+
+
+def _lost(what: str, error: RuntimeError) -> RankLost:
+    return RankLost(
+        f"{what}: {str(error).splitlines()[0]}\nIt has failed, left or not come here in time: see its own error. Once "
+        "every rank has caught one, reset() lets training go on."
+    )
 
 
 _DONE = _Works([], None)
 
 
-def _exchange(group: Collectives, tag: int, sent: Callable[[int], Tensor], received: Callable[[int], Tensor]) -> _Works:
+def _exchange(
+    group: Collectives, tag: int, what: str, sent: Callable[[int], Tensor], received: Callable[[int], Tensor]
+) -> _Works:
     """Send `sent(rank)` to every other rank and receive `received(rank)` from it. See [Note: exchange on gloo].
 
     Every rank starts with its right neighbour, so that no rank is everybody's first.
     """
-    works: list[Any] = []
+    works: list[tuple[Any, str]] = []
     size, own = group.world_size, group.rank
     for distance in range(1, size):
         target, source = (own + distance) % size, (own - distance) % size
-        works.append(dist.irecv(received(source), group.global_ranks[source], group=group._data, tag=tag))
-        works.append(dist.isend(sent(target), group.global_ranks[target], group=group._data, tag=tag))
+        for start, tensor, other, told in (
+            (dist.irecv, received(source), source, f"rank {own} waits for {what} from rank {source}"),
+            (dist.isend, sent(target), target, f"rank {own} has {what} for rank {target}"),
+        ):
+            try:
+                works.append((start(tensor, group.global_ranks[other], group=group._data, tag=tag), told))
+            except RuntimeError as error:
+                raise _lost(told, error) from error
     return _Works(works, group._timedelta)
 
 
@@ -328,7 +359,7 @@ _PIECE_NUMEL = 1 << 16
 class _MeanOfSlices:
     """A reduce-scatter by exchange: what the others send is kept aside until all is there, then added by rank."""
 
-    def __init__(self, group: Collectives, buffer: Tensor, sent: Tensor, tag: int) -> None:
+    def __init__(self, group: Collectives, buffer: Tensor, sent: Tensor, tag: int, what: str) -> None:
         self._rank, self._world_size, self._scratch = group.rank, group.world_size, group._scratch
         self._target = group._slices(buffer)[group.rank]
         self._sent, self._is_copy = sent, sent is not buffer
@@ -337,7 +368,7 @@ class _MeanOfSlices:
         # Row of a rank: its number, with this rank's own left out.
         rows = self._arrived.view(group.world_size - 1, numel).unbind(0)
         self._parts = [*rows[: group.rank], slices[group.rank], *rows[group.rank :]]
-        self._works = _exchange(group, tag, lambda rank: slices[rank], lambda rank: self._parts[rank])
+        self._works = _exchange(group, tag, what, lambda rank: slices[rank], lambda rank: self._parts[rank])
 
     def wait(self) -> None:
         if self._arrived is None:

@@ -20,21 +20,22 @@ class Verdict:
     """What all ranks know of a round after the exchange: equal on every rank.
 
     `present`: the indices of the parameters that had a gradient on some rank. `any_nonzero`: whether some element of
-    some gradient was not zero; None where nobody asked.
+    some gradient was not zero; None where nobody asked. `digests_agree`: whether all ranks gave the same digest.
     """
 
     present: frozenset[int]
     any_nonzero: bool | None
+    digests_agree: bool
 
 
 class GradientSource(Protocol):
     """Where the optimizer gets this rank's part of the averaged gradient from."""
 
-    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+    def agree(self, ask_nonzero: bool, problem: Exception | None, digest: bytes) -> Verdict:
         """Start what is not reduced yet and agree on the round. Collective.
 
-        `problem` is what this rank found wrong before; every rank then raises. A bucket's gradients are final only once
-        it is finished.
+        `problem` is what this rank found wrong before; every rank then raises. `digest`: a few bytes that should be the
+        same on all ranks. A bucket's gradients are final only once it is finished.
         """
 
     def finish(self, bucket: int) -> None:
@@ -79,7 +80,7 @@ class GivenGradients:
         self._params, self._specs = list(params), layout.params
         self._segments = layout.segments(self._group.rank)
 
-    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+    def agree(self, ask_nonzero: bool, problem: Exception | None, digest: bytes) -> Verdict:
         """Agree on which parameters have a gradient.
 
         Raises on every rank: `TypeError` for a sparse gradient, `RuntimeError` where a gradient is there on some ranks
@@ -94,12 +95,13 @@ class GivenGradients:
                     f"expected a dense gradient of {spec.name!r}, got layout {param.grad.layout}"
                 )
         if ask_nonzero and error is None:
-            parts = (self.segment_grad(s) for s in self._segments if self._params[s.param].grad is not None)
-            nonzero[0] = any(bool(part.any()) for part in parts)
+            owned = (self.segment_grad(s) for s in self._segments if self._params[s.param].grad is not None)
+            nonzero[0] = any(bool(grad.any()) for grad in owned)
         failed = torch.tensor([error is not None], dtype=torch.uint8)
-        message = torch.cat([have, 1 - have, nonzero, failed])
+        parts = [have, 1 - have, nonzero, failed, both_ends(digest)]
+        message = torch.cat(parts)
         self._group.max_(message)
-        have, lack, nonzero, failed = message.split([len(self._params), len(self._params), 1, 1])
+        have, lack, nonzero, failed, ends = message.split([part.numel() for part in parts])
         disputed = torch.nonzero(have & lack).flatten().tolist()
         if disputed and not failed:
             names = [self._specs[i].name for i in disputed]
@@ -110,7 +112,7 @@ class GivenGradients:
         if failed or disputed:
             self._group.raise_together(error)
         present = frozenset(torch.nonzero(have).flatten().tolist())
-        return Verdict(present, bool(nonzero) if ask_nonzero else None)
+        return Verdict(present, bool(nonzero) if ask_nonzero else None, are_one(ends))
 
     def segment_grad(self, segment: Segment) -> Tensor:
         """The part of `param.grad` that this rank owns, 1-D."""
@@ -152,3 +154,15 @@ def sparse_gradient(name: str, grad: Tensor) -> TypeError:
         f"expected a dense gradient of {name!r}, got layout {grad.layout}: "
         "an embedding makes it dense with sparse=False"
     )
+
+
+def both_ends(digest: bytes) -> Tensor:
+    """`digest` and its complement as numbers: the maxima of both tell whether all ranks gave the same."""
+    numbers = torch.tensor(list(digest), dtype=torch.uint8)
+    return torch.cat([numbers, 255 - numbers])
+
+
+def are_one(ends: Tensor) -> bool:
+    """Whether the maxima of `both_ends` over the ranks come from one digest."""
+    largest, complement_of_smallest = ends.chunk(2)
+    return bool((largest + complement_of_smallest == 255).all())

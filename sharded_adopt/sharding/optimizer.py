@@ -7,6 +7,7 @@ state's forms (`state`), the optimizer inside (`inner`).
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -187,7 +188,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._inner.set_groups(self.param_groups)
-        verdict = self._gradients.agree(ask_nonzero=self._nothing_stepped, problem=self._parameters.rebind())
+        verdict = self._agree()
         is_dummy = self._nothing_stepped and verdict.any_nonzero is False
         if verdict.present and not is_dummy:
             self._nothing_stepped = False
@@ -228,8 +229,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         `step` does it by itself; call it to read or edit gradients before. Raises on every rank what went wrong with a
         gradient on any.
         """
-        verdict = self._gradients.agree(ask_nonzero=self._nothing_stepped, problem=self._parameters.rebind())
+        verdict = self._agree()
         self._gradients.finish_all()
+        return verdict
+
+    def _agree(self) -> Verdict:
+        """Exchange what happened since the last step, and see that the hyperparameters are the same on all ranks."""
+        problem = self._parameters.rebind()
+        digest = zlib.crc32(repr(summary_of_groups(self.param_groups)).encode()).to_bytes(4, "big")
+        verdict = self._gradients.agree(self._nothing_stepped, problem, digest)
+        if not verdict.digests_agree:
+            require_same_layout(self._collectives, self.layout, [comparable(group) for group in self.param_groups])
         return verdict
 
     @torch.no_grad()

@@ -125,7 +125,8 @@ class ShardedParameters:
 
     def gather_bucket(self, bucket: int) -> Pending:
         """Start to fetch every rank's shard of one bucket. Collective; in the same order on every rank."""
-        return self._group.all_gather_(self.buffers[bucket].params, bucket, self._travels_as(bucket))
+        what = f"the parameters of bucket {bucket}"
+        return self._group.all_gather_(self.buffers[bucket].params, bucket, self._travels_as(bucket), what)
 
     def gather(self) -> None:
         """Make every parameter whole again from the shards of its owners. Collective."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sharded_adopt.sharding.buckets import BucketBuffer, view_like
 from sharded_adopt.sharding.collectives import Collectives, Pending
-from sharded_adopt.sharding.gradients import Verdict, sparse_gradient
+from sharded_adopt.sharding.gradients import Verdict, are_one, both_ends, sparse_gradient
 from sharded_adopt.sharding.layout import Layout, ParamSpec, Placement, Segment
 from sharded_adopt.sharding.scratch import Scratch
 
@@ -216,7 +216,9 @@ class _BucketReduction:
     def start(self, group: Collectives, again: bool) -> None:
         flat = self.opened()
         self.round.launched = True
-        self.pending = group.reduce_scatter_mean_(flat, 2 * self.buffer.index + again, self._wire_dtype)
+        self.pending = group.reduce_scatter_mean_(
+            flat, 2 * self.buffer.index + again, self._wire_dtype, f"the gradients of bucket {self.buffer.index}"
+        )
         self.version = flat._version
 
     def check_untouched(self) -> None:
@@ -374,14 +376,15 @@ class GradientReducer:
         self._buckets[self._next].launch(self._group)
         self._next += 1
 
-    def agree(self, ask_nonzero: bool, problem: Exception | None) -> Verdict:
+    def agree(self, ask_nonzero: bool, problem: Exception | None, digest: bytes) -> Verdict:
         """Launch the buckets that are left, exchange what happened, and reduce again what came late.
 
         Once all buckets are finished, this rank's slice of each holds the mean. Kept, `param.grad` is the view of its
         bucket where any rank had a gradient; else it is None.
 
-        Raises on every rank: `problem`, `TypeError` for a sparse gradient, `RuntimeError` where a gradient was edited
-        while it was being reduced or dropped on some ranks only.
+        `digest`: a few bytes that should be the same on all ranks. Raises on every rank: `problem`, `TypeError` for a
+        sparse gradient, `RuntimeError` where a gradient was edited while it was being reduced or dropped on some
+        ranks only.
         """
         if problem is not None:
             self._errors.insert(0, problem)
@@ -392,7 +395,7 @@ class GradientReducer:
             bucket.collect_late()
         if ask_nonzero:
             self.finish_all()
-        verdict, late, dropped = self._exchange(ask_nonzero)
+        verdict, late, dropped = self._exchange(ask_nonzero, digest)
         for index in late:
             self._buckets[index].reduce_late(self._group, dropped)
         for bucket in self._buckets:
@@ -409,7 +412,7 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.finish()
 
-    def _exchange(self, ask_nonzero: bool) -> tuple[Verdict, list[int], set[int]]:
+    def _exchange(self, ask_nonzero: bool, digest: bytes) -> tuple[Verdict, list[int], set[int]]:
         """The one exchange of a round. Returns the verdict, the buckets to reduce again, and the dropped parameters."""
         error = self._errors[0] if self._errors else None
         params, buckets = len(self._layout.params), len(self._buckets)
@@ -424,9 +427,10 @@ class GradientReducer:
             if ask_nonzero and not nonzero:
                 nonzero[0] = bucket.any_nonzero()
         failed = torch.tensor([error is not None], dtype=torch.uint8)
-        message = torch.cat([kept, dropped, again, late, nonzero, failed])
+        parts = [kept, dropped, again, late, nonzero, failed, both_ends(digest)]
+        message = torch.cat(parts)
         self._group.max_(message)
-        kept, dropped, again, late, nonzero, failed = message.split([params, params, params, buckets, 1, 1])
+        kept, dropped, again, late, nonzero, failed, ends = message.split([part.numel() for part in parts])
         disputed = torch.nonzero(kept & dropped).flatten().tolist()
         if disputed and not failed:
             names = [self._layout.params[i].name for i in disputed]
@@ -440,7 +444,7 @@ class GradientReducer:
             self._group.raise_together(error)
         present = torch.nonzero((kept | again) != 0).flatten().tolist()
         gone = set(torch.nonzero(dropped).flatten().tolist())
-        verdict = Verdict(frozenset(present), bool(nonzero) if ask_nonzero else None)
+        verdict = Verdict(frozenset(present), bool(nonzero) if ask_nonzero else None, are_one(ends))
         return verdict, torch.nonzero(late).flatten().tolist(), gone
 
     def segment_grad(self, segment: Segment) -> Tensor:
