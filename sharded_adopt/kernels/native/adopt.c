@@ -374,14 +374,10 @@ static ALWAYS_INLINE void prefetch_row(const struct plan *plan, int64_t i) {
         }
 }
 
-static int64_t size_of(int8_t dtype) {
-    return dtype == F64 ? 8 : dtype == F32 ? 4 : 2;
-}
-
 /* Whether `next` goes on where `run` ends in all four tensors, under the same step. */
 static int continues(const struct run *run, const struct run *next) {
     for (int c = PARAM; c <= EXP_AVG_SQ; c++)
-        if (run->dtype[c] != next->dtype[c] || run->at[c] + run->numel * size_of(run->dtype[c]) != next->at[c])
+        if (run->dtype[c] != next->dtype[c] || run->at[c] + run->numel * element_size(run->dtype[c]) != next->at[c])
             return 0;
     return run->step == next->step &&
         (!rounds_by_index(run->dtype[EXP_AVG_SQ]) || run->first_index + run->numel == next->first_index);
@@ -427,7 +423,7 @@ static void update_range(struct job *job, int64_t from, int64_t to) {
                 };
                 for (int c = PARAM; c <= EXP_AVG_SQ; c++) {
                     piece.dtype[c] = found.dtype[c];
-                    piece.at[c] = found.at[c] + begin * size_of(found.dtype[c]);
+                    piece.at[c] = found.at[c] + begin * element_size(found.dtype[c]);
                 }
                 prefetch_data(&piece);
                 if (run.numel && continues(&run, &piece)) {

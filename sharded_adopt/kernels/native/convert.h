@@ -56,10 +56,14 @@ static ALWAYS_INLINE uint16_t half_of_float(float x) {
     return (uint16_t)(sign | half);
 }
 
-/* 16 bits that look random, from nothing but the element's index in its parameter and the step. */
-static ALWAYS_INLINE uint32_t rounding_bits(uint64_t index, uint32_t step) {
-    uint32_t low = (uint32_t)index, high = (uint32_t)(index >> 32);
-    uint32_t h = low * 0x9E3779B1u + high * 0xC2B2AE3Du + step * 0x85EBCA77u + 0x27D4EB2Fu;
+/* 16 bits that look random, from nothing but the element's index in its parameter and the step. What is equal for all
+ * elements whose indices share their upper half goes into `base`. */
+static ALWAYS_INLINE uint32_t rounding_base(uint64_t index, uint32_t step) {
+    return (uint32_t)(index >> 32) * 0xC2B2AE3Du + step * 0x85EBCA77u + 0x27D4EB2Fu;
+}
+
+static ALWAYS_INLINE uint32_t rounding_bits(uint32_t low, uint32_t base) {
+    uint32_t h = low * 0x9E3779B1u + base;
     h ^= h >> 16;
     h *= 0x7FEB352Du;
     h ^= h >> 15;
@@ -75,18 +79,20 @@ static ALWAYS_INLINE uint16_t bf16_of_float_stochastic(float x, uint32_t random)
     return (uint16_t)(magnitude >= 0x7f800000u ? special : (bits + random) >> 16);
 }
 
-/* the same on half's grid, which is even below 2^-14; what is finite stays finite */
+/* The same on half's grid, which is even below 2^-14; what is finite stays finite. Choices are made with masks: written as
+ * conditions they stay branches, and the loop stays scalar. */
 static ALWAYS_INLINE uint16_t half_of_float_stochastic(float x, uint32_t random) {
     uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t is_small = 0u - (uint32_t)(magnitude < 0x38800000u), is_special = 0u - (uint32_t)(magnitude >= 0x7f800000u);
     uint32_t normal = (magnitude + (random >> 3) - (112u << 23)) >> 13;
     normal = normal > 0x7bffu ? 0x7bffu : normal;
     /* below: a count of 2^-24 and its fraction, which is compared rather than added, so that nothing is rounded */
-    float units = (magnitude < 0x38800000u ? float_of(magnitude) : 0.0f) * 16777216.0f;
+    float units = float_of(magnitude & is_small) * 16777216.0f;
     int32_t whole = (int32_t)units;
-    uint32_t subnormal = (uint32_t)whole + ((units - (float)whole) * 65536.0f >= (float)(65536 - (int32_t)random));
-    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x7f800000u ? (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u) : half;
-    return (uint16_t)(sign | half);
+    uint32_t up = (units - (float)whole) * 65536.0f >= (float)(65536 - (int32_t)random);
+    uint32_t finite = (((uint32_t)whole + up) & is_small) | (normal & ~is_small);
+    uint32_t special = 0x7c00u | (uint32_t)(magnitude > 0x7f800000u) << 9;
+    return (uint16_t)(sign | (special & is_special) | (finite & ~is_special));
 }
 
 #endif

@@ -4,14 +4,16 @@
 #define FMA __builtin_fmaf
 #define SQRT __builtin_sqrtf
 #define LANES(name) CONCAT(CONCAT(f32_, ISA), _##name)
-#define LANES_DTYPE F32
+#define LANES_DTYPE 0 /* F32, as a number that the preprocessor can compare */
+#define LANES_WIDTH 16 /* of the widest vector */
 #include "lanes.h"
 
 #define REAL double
 #define FMA __builtin_fma
 #define SQRT __builtin_sqrt
 #define LANES(name) CONCAT(CONCAT(f64_, ISA), _##name)
-#define LANES_DTYPE F64
+#define LANES_DTYPE 1 /* F64 */
+#define LANES_WIDTH 8
 #include "lanes.h"
 
 /* An fp64 parameter or moment makes the lanes fp64; all else is computed in fp32. */

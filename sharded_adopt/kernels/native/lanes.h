@@ -1,6 +1,6 @@
 /* The update of consecutive elements, written once and compiled for each instruction set and for float and double.
  *
- * The includer defines REAL, FMA, SQRT and LANES(name). Every line is plain scalar C that the compiler turns into
+ * The includer defines REAL, FMA, SQRT, LANES(name), LANES_DTYPE and LANES_WIDTH. Every line is plain scalar C that the compiler turns into
  * vectors; the file is compiled without FP contraction, and a fused multiply-add stands only where FMA is written. So
  * the result of an element is the same in a vector, in its tail and on every instruction set: it depends on the
  * element's inputs alone. The FMAs stand where torch's own vector kernels have them (add with alpha, addcmul, lerp).
@@ -9,7 +9,7 @@
  */
 
 struct LANES(scalars) {
-    REAL beta1, weight, beta2, one_minus_beta2, neg_lr, neg_lr_decay, weight_decay, eps, clip, grad_scale;
+    REAL weight, beta2, one_minus_beta2, neg_lr, neg_lr_decay, weight_decay, eps, clip, grad_scale;
 };
 
 /* step 0: v <- g^2, and nothing else changes */
@@ -24,48 +24,87 @@ static ALWAYS_INLINE REAL LANES(lerp)(REAL m, REAL n, REAL w) {
     return w < (REAL)0.5 ? FMA(w, far, m) : FMA(w - (REAL)1, far, n);
 }
 
-/* Every later step. The flags are compile-time constants in each caller, so no loop holds a branch. */
-static ALWAYS_INLINE void LANES(later)(
-    REAL *restrict p, const REAL *restrict g, REAL *restrict m, REAL *restrict v, int64_t numel,
-    struct LANES(scalars) s, int decoupled, int nesterov, int by_element
-) {
-    for (int64_t i = 0; i < numel; i++) {
-        REAL denom = SQRT(v[i]);
-        denom = denom < s.eps ? s.eps : denom;
-        REAL n = g[i] / denom;
-        n = n < -s.clip ? -s.clip : n;
-        n = n > s.clip ? s.clip : n;
-        REAL moved = decoupled ? FMA(p[i], s.neg_lr_decay, p[i]) : p[i];
-        REAL m_new = LANES(lerp)(m[i], n, s.weight);
-        REAL along = nesterov ? LANES(lerp)(m_new, n, s.weight) : m_new;
-        REAL p_new = FMA(along, s.neg_lr, moved);
-        REAL v_new = FMA(s.one_minus_beta2 * g[i], g[i], v[i] * s.beta2);
-        if (by_element) {
-            int fresh = v[i] == 0;
-            v_new = fresh ? g[i] * g[i] : v_new;
-            m_new = fresh ? m[i] : m_new;
-            p_new = fresh ? p[i] : p_new;
-        }
-        p[i] = p_new;
-        m[i] = m_new;
-        v[i] = v_new;
+/* One element of a tensor of any dtype; the dtype is a compile-time constant in each caller that matters. */
+static ALWAYS_INLINE REAL LANES(get)(const void *tensor, int64_t i, int dtype) {
+    switch (dtype) {
+    case F32: return (REAL)((const float *)tensor)[i];
+    case F64: return (REAL)((const double *)tensor)[i];
+    case BF16: return (REAL)float_of_bf16(((const uint16_t *)tensor)[i]);
+    default: return (REAL)float_of_half(((const uint16_t *)tensor)[i]);
     }
 }
 
-static ALWAYS_INLINE void LANES(by_flags)(
+/* Rounds to nearest. */
+static ALWAYS_INLINE void LANES(put)(void *tensor, int64_t i, int dtype, REAL x) {
+    switch (dtype) {
+    case F32: ((float *)tensor)[i] = (float)x; break;
+    case F64: ((double *)tensor)[i] = (double)x; break;
+    case BF16: ((uint16_t *)tensor)[i] = bf16_of_float((float)x); break;
+    default: ((uint16_t *)tensor)[i] = half_of_float((float)x); break;
+    }
+}
+
+/* A 16-bit second moment is rounded up or down by chance: rounded to nearest, it would stand still at beta2 = 0.9999. */
+static ALWAYS_INLINE void LANES(put_exp_avg_sq)(void *tensor, int64_t i, int dtype, REAL x, uint32_t low, uint32_t base) {
+    const uint32_t random = rounding_bits(low + (uint32_t)i, base);
+    if (dtype == BF16)
+        ((uint16_t *)tensor)[i] = bf16_of_float_stochastic((float)x, random);
+    else if (dtype == F16)
+        ((uint16_t *)tensor)[i] = half_of_float_stochastic((float)x, random);
+    else
+        LANES(put)(tensor, i, dtype, x);
+}
+
+/* Every later step. Flags and dtypes are compile-time constants in each caller, so the loop holds no branch. `low` and
+ * `base`: the first element's index as rounding_bits takes it. */
+static ALWAYS_INLINE void LANES(later)(
+    void *restrict p, const void *restrict g, void *restrict m, void *restrict v, int64_t numel,
+    struct LANES(scalars) s, uint32_t low, uint32_t base, int flags, int p_dtype, int g_dtype, int m_dtype, int v_dtype
+) {
+    for (int64_t i = 0; i < numel; i++) {
+        const REAL p_old = LANES(get)(p, i, p_dtype), g_i = LANES(get)(g, i, g_dtype);
+        const REAL m_old = LANES(get)(m, i, m_dtype), v_old = LANES(get)(v, i, v_dtype);
+        REAL denom = SQRT(v_old);
+        denom = denom < s.eps ? s.eps : denom;
+        REAL n = g_i / denom;
+        n = n < -s.clip ? -s.clip : n;
+        n = n > s.clip ? s.clip : n;
+        REAL moved = flags & DECOUPLED ? FMA(p_old, s.neg_lr_decay, p_old) : p_old;
+        REAL m_new = LANES(lerp)(m_old, n, s.weight);
+        REAL along = flags & NESTEROV ? LANES(lerp)(m_new, n, s.weight) : m_new;
+        REAL p_new = FMA(along, s.neg_lr, moved);
+        REAL v_new = FMA(s.one_minus_beta2 * g_i, g_i, v_old * s.beta2);
+        if (flags & INIT_ELEMENT) {
+            int fresh = v_old == 0;
+            v_new = fresh ? g_i * g_i : v_new;
+            m_new = fresh ? m_old : m_new;
+            p_new = fresh ? p_old : p_new;
+        }
+        LANES(put)(p, i, p_dtype, p_new);
+        LANES(put)(m, i, m_dtype, m_new);
+        LANES(put_exp_avg_sq)(v, i, v_dtype, v_new, low, base);
+    }
+}
+
+/* All four in the type of the lanes. */
+static void LANES(same)(
     REAL *restrict p, const REAL *restrict g, REAL *restrict m, REAL *restrict v, int64_t numel,
     const struct LANES(scalars) *s, int64_t flags
 ) {
+#define SAME(FLAGS)                                                                                                \
+    LANES(later)(p, g, m, v, numel, *s, 0, 0, FLAGS, LANES_DTYPE, LANES_DTYPE, LANES_DTYPE, LANES_DTYPE);          \
+    break
     switch (flags & (DECOUPLED | NESTEROV | INIT_ELEMENT)) {
-    case 0: LANES(later)(p, g, m, v, numel, *s, 0, 0, 0); break;
-    case DECOUPLED: LANES(later)(p, g, m, v, numel, *s, 1, 0, 0); break;
-    case NESTEROV: LANES(later)(p, g, m, v, numel, *s, 0, 1, 0); break;
-    case DECOUPLED | NESTEROV: LANES(later)(p, g, m, v, numel, *s, 1, 1, 0); break;
-    case INIT_ELEMENT: LANES(later)(p, g, m, v, numel, *s, 0, 0, 1); break;
-    case DECOUPLED | INIT_ELEMENT: LANES(later)(p, g, m, v, numel, *s, 1, 0, 1); break;
-    case NESTEROV | INIT_ELEMENT: LANES(later)(p, g, m, v, numel, *s, 0, 1, 1); break;
-    default: LANES(later)(p, g, m, v, numel, *s, 1, 1, 1); break;
+    case 0: SAME(0);
+    case DECOUPLED: SAME(DECOUPLED);
+    case NESTEROV: SAME(NESTEROV);
+    case DECOUPLED | NESTEROV: SAME(DECOUPLED | NESTEROV);
+    case INIT_ELEMENT: SAME(INIT_ELEMENT);
+    case DECOUPLED | INIT_ELEMENT: SAME(DECOUPLED | INIT_ELEMENT);
+    case NESTEROV | INIT_ELEMENT: SAME(NESTEROV | INIT_ELEMENT);
+    default: SAME(DECOUPLED | NESTEROV | INIT_ELEMENT);
     }
+#undef SAME
 }
 
 /* The last elements that do not fill a vector go through one that is filled up: one by one they would take as long as a
@@ -74,17 +113,16 @@ static void LANES(update)(
     REAL *restrict p, const REAL *restrict g, REAL *restrict m, REAL *restrict v, int64_t numel,
     const struct LANES(scalars) *s, int64_t flags
 ) {
-    enum { VECTOR = 64 / sizeof(REAL) };
-    const int64_t rest = numel % VECTOR, whole = numel - rest;
-    LANES(by_flags)(p, g, m, v, whole, s, flags);
+    const int64_t rest = numel % LANES_WIDTH, whole = numel - rest;
+    LANES(same)(p, g, m, v, whole, s, flags);
     if (rest) {
-        REAL last[4][VECTOR] = {{0}};
+        REAL last[4][LANES_WIDTH] = {{0}};
         const size_t bytes = (size_t)rest * sizeof(REAL);
         memcpy(last[0], p + whole, bytes);
         memcpy(last[1], g + whole, bytes);
         memcpy(last[2], m + whole, bytes);
         memcpy(last[3], v + whole, bytes);
-        LANES(by_flags)(last[0], last[1], last[2], last[3], VECTOR, s, flags);
+        LANES(same)(last[0], last[1], last[2], last[3], LANES_WIDTH, s, flags);
         memcpy(p + whole, last[0], bytes);
         memcpy(m + whole, last[2], bytes);
         memcpy(v + whole, last[3], bytes);
@@ -108,86 +146,81 @@ static void LANES(prepare)(
             out[i] = FMA(p[i], s->weight_decay, out[i]);
 }
 
-static void LANES(load)(REAL *restrict out, const void *from, int8_t dtype, int64_t begin, int64_t numel) {
+static void LANES(load)(REAL *restrict out, const void *tensor, int8_t dtype, int64_t begin, int64_t numel) {
+#define LOAD(DTYPE)                                            \
+    for (int64_t i = 0; i < numel; i++)                        \
+        out[i] = LANES(get)(tensor, begin + i, DTYPE);         \
+    break
     switch (dtype) {
-    case F32: {
-        const float *in = (const float *)from + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (REAL)in[i];
-        break;
+    case F32: LOAD(F32);
+    case F64: LOAD(F64);
+    case BF16: LOAD(BF16);
+    default: LOAD(F16);
     }
-    case F64: {
-        const double *in = (const double *)from + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (REAL)in[i];
-        break;
-    }
-    case BF16: {
-        const uint16_t *in = (const uint16_t *)from + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (REAL)float_of_bf16(in[i]);
-        break;
-    }
-    default: {
-        const uint16_t *in = (const uint16_t *)from + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (REAL)float_of_half(in[i]);
-        break;
-    }
-    }
+#undef LOAD
 }
 
-static void LANES(store)(void *to, const REAL *restrict in, int8_t dtype, int64_t begin, int64_t numel) {
+static void LANES(store)(void *tensor, const REAL *restrict in, int8_t dtype, int64_t begin, int64_t numel) {
+#define STORE(DTYPE)                                           \
+    for (int64_t i = 0; i < numel; i++)                        \
+        LANES(put)(tensor, begin + i, DTYPE, in[i]);           \
+    break
     switch (dtype) {
-    case F32: {
-        float *out = (float *)to + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (float)in[i];
-        break;
+    case F32: STORE(F32);
+    case F64: STORE(F64);
+    case BF16: STORE(BF16);
+    default: STORE(F16);
     }
-    case F64: {
-        double *out = (double *)to + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = (double)in[i];
-        break;
-    }
-    case BF16: {
-        uint16_t *out = (uint16_t *)to + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = bf16_of_float((float)in[i]);
-        break;
-    }
-    default: {
-        uint16_t *out = (uint16_t *)to + begin;
-        for (int64_t i = 0; i < numel; i++)
-            out[i] = half_of_float((float)in[i]);
-        break;
-    }
-    }
+#undef STORE
 }
 
-/* A 16-bit second moment is rounded up or down by chance: rounded to nearest, it would stand still at beta2 = 0.9999. */
-static void LANES(store_stochastic)(
-    void *to, const REAL *restrict in, int8_t dtype, int64_t begin, int64_t numel, int64_t first_index, uint32_t step
+static void LANES(store_exp_avg_sq)(
+    uint16_t *tensor, const REAL *restrict in, int8_t dtype, int64_t numel, uint32_t low, uint32_t base
 ) {
-    uint16_t *out = (uint16_t *)to + begin;
-    uint64_t index = (uint64_t)(first_index + begin);
     if (dtype == BF16)
         for (int64_t i = 0; i < numel; i++)
-            out[i] = bf16_of_float_stochastic((float)in[i], rounding_bits(index + (uint64_t)i, step));
+            LANES(put_exp_avg_sq)(tensor, i, BF16, in[i], low, base);
     else
         for (int64_t i = 0; i < numel; i++)
-            out[i] = half_of_float_stochastic((float)in[i], rounding_bits(index + (uint64_t)i, step));
+            LANES(put_exp_avg_sq)(tensor, i, F16, in[i], low, base);
 }
 
-/* One run. A tensor that already has the type of the lanes is updated where it lies; the others pass
- * through buffers that stay in the first-level cache. */
+#if LANES_DTYPE == 0 /* F32 */
+/* The mixtures that training uses have loops of their own, without buffers; returns how many elements they took. */
+static int64_t LANES(mixed)(
+    char *const at[4], const int8_t dtype[4], int64_t numel, const struct LANES(scalars) *s, uint32_t low, uint32_t base,
+    int64_t flags
+) {
+    const int64_t whole = numel - numel % LANES_WIDTH;
+    const int all = dtype[PARAM] | dtype[GRAD] << 4 | dtype[EXP_AVG] << 8 | dtype[EXP_AVG_SQ] << 12;
+#define MIXED(P, G, M, V)                                                                            \
+    case P | G << 4 | M << 8 | V << 12:                                                              \
+        if (flags == 0)                                                                              \
+            LANES(later)(at[0], at[1], at[2], at[3], whole, *s, low, base, 0, P, G, M, V);           \
+        else if (flags == DECOUPLED)                                                                 \
+            LANES(later)(at[0], at[1], at[2], at[3], whole, *s, low, base, DECOUPLED, P, G, M, V);   \
+        else                                                                                         \
+            return 0;                                                                                \
+        return whole
+    switch (all) {
+        MIXED(BF16, BF16, F32, F32);
+        MIXED(F16, F16, F32, F32);
+        MIXED(F32, BF16, F32, F32);
+        MIXED(BF16, BF16, BF16, BF16);
+        MIXED(F32, F32, F32, BF16);
+        MIXED(F32, F32, BF16, BF16);
+    default: return 0;
+    }
+#undef MIXED
+}
+#endif
+
+/* One run. Tensors that all have the type of the lanes are updated where they lie, others in their own loops or through
+ * buffers that stay in the first-level cache. */
 static void LANES(run)(const struct run *run, const struct rule *rule) {
-    const int64_t numel = run->numel;
     enum { BLOCK = 4096 / sizeof(REAL) };
     REAL buffers[4][BLOCK] __attribute__((aligned(64)));
     const struct LANES(scalars) s = {
-        .beta1 = (REAL)rule->beta1,
         .weight = (REAL)rule->one_minus_beta1,
         .beta2 = (REAL)rule->beta2,
         .one_minus_beta2 = (REAL)rule->one_minus_beta2,
@@ -199,12 +232,38 @@ static void LANES(run)(const struct run *run, const struct rule *rule) {
         .grad_scale = (REAL)rule->grad_scale,
     };
     const int prepared = (rule->flags & (UNSCALE | MAXIMIZE | L2)) != 0;
-    int direct = !prepared;
+    int64_t at = 0;
+    int same = 1;
     for (int c = 0; c < 4; c++)
-        direct = direct && run->dtype[c] == LANES_DTYPE;
-    const int64_t block = direct ? numel : BLOCK;
-    for (int64_t at = 0; at < numel; at += block) {
-        const int64_t n = numel - at < block ? numel - at : block;
+        same = same && run->dtype[c] == LANES_DTYPE;
+    if (same && !prepared && run->step != 0) {
+        LANES(update)(
+            (REAL *)run->at[PARAM], (REAL *)run->at[GRAD], (REAL *)run->at[EXP_AVG], (REAL *)run->at[EXP_AVG_SQ],
+            run->numel, &s, rule->flags
+        );
+        return;
+    }
+    while (at < run->numel) {
+        const uint64_t index = (uint64_t)(run->first_index + at);
+        const uint32_t low = (uint32_t)index, base = rounding_base(index, run->step);
+        int64_t n = run->numel - at;
+        if (n > (int64_t)1 << 30)
+            n = (int64_t)1 << 30;
+        if ((uint64_t)n > 0x100000000u - low) /* up to where the upper half of the index changes */
+            n = (int64_t)(0x100000000u - low);
+#if LANES_DTYPE == 0
+        if (!prepared && run->step != 0) {
+            char *start[4];
+            for (int c = 0; c < 4; c++)
+                start[c] = run->at[c] + at * element_size(run->dtype[c]);
+            const int64_t taken = LANES(mixed)(start, run->dtype, n, &s, low, base, rule->flags);
+            if (taken) {
+                at += taken;
+                continue;
+            }
+        }
+#endif
+        n = n < BLOCK ? n : BLOCK;
         REAL *x[4];
         for (int c = 0; c < 4; c++) {
             if (run->dtype[c] == LANES_DTYPE) {
@@ -228,9 +287,11 @@ static void LANES(run)(const struct run *run, const struct rule *rule) {
         }
         const int8_t v_dtype = run->dtype[EXP_AVG_SQ];
         if (v_dtype == BF16 || v_dtype == F16)
-            LANES(store_stochastic)(run->at[EXP_AVG_SQ], x[EXP_AVG_SQ], v_dtype, at, n, run->first_index, run->step);
+            LANES(store_exp_avg_sq)
+            ((uint16_t *)run->at[EXP_AVG_SQ] + at, x[EXP_AVG_SQ], v_dtype, n, low, base);
         else if (v_dtype != LANES_DTYPE)
             LANES(store)(run->at[EXP_AVG_SQ], x[EXP_AVG_SQ], v_dtype, at, n);
+        at += n;
     }
 }
 
@@ -239,3 +300,4 @@ static void LANES(run)(const struct run *run, const struct rule *rule) {
 #undef SQRT
 #undef LANES
 #undef LANES_DTYPE
+#undef LANES_WIDTH

@@ -41,6 +41,10 @@ struct run {
     double clip;
 };
 
+static inline int64_t element_size(int8_t dtype) {
+    return dtype == F64 ? 8 : dtype == F32 ? 4 : 2;
+}
+
 typedef void (*update_run)(const struct run *run, const struct rule *rule);
 
 #endif
