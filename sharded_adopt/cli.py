@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     prune = action("prune", _prune, "delete old checkpoints", "a directory of checkpoints")
     prune.add_argument("--last", type=_positive, required=True, metavar="N", help="keep the N newest")
     prune.add_argument("--every", type=_positive, metavar="STEPS", help="keep each whose step is a multiple of STEPS")
+    doctor = commands.add_parser("doctor", help="show which kernels run here, and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -82,6 +86,27 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from sharded_adopt.kernels.fused import status
+
+    kernels = status()
+    found = {"version": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), **asdict(kernels)}
+    if arguments.json:
+        _print_json(found)
+        return GOOD
+    cpu = f"fused, C for {kernels.cpu} from {kernels.cpu_library}" if kernels.cpu else f"foreach: {kernels.cpu_reason}"
+    cuda = f"fused, Triton {kernels.cuda}" if kernels.cuda else f"foreach: {kernels.cuda_reason}"
+    table = Table(show_header=False)
+    table.add_row("sharded-adopt", __version__)
+    table.add_row("torch", f"{found['torch']}, {found['threads']} threads")
+    table.add_row("ADOPT on CPU runs", cpu)
+    table.add_row("ADOPT on CUDA runs", cuda)
+    _console().print(table)
+    return GOOD
 
 
 def _ls(arguments: argparse.Namespace) -> int:
