@@ -35,7 +35,7 @@ def unpack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     if len(groups) == len(optimizer.param_groups):  # torch says it where not
         groups = [options.from_data(new, old) for new, old in zip(groups, optimizer.param_groups, strict=True)]
         for group in groups:
-            if group["fused"] and not fused_is_available():
+            if group["fused"] and not group["foreach"] and not fused_is_available():
                 group["fused"] = None  # which kernel there is belongs to the machine, not to the run
             checked_group(group)
     state = {key: _Kept(values) if isinstance(values, dict) else values for key, values in state_dict["state"].items()}

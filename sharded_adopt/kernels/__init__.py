@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -92,7 +93,7 @@ class Kernels:
             if fused:
                 kinds = {tuple(f"{t.device.type} {t.dtype}" for t in row) for row in zip(params, grads, strict=True)}
                 raise ValueError(f"fused=True does not support these (parameter, gradient): {sorted(kinds)}")
-            if not fused_is_available():
+            if not fused_is_available() and not torch.compiler.is_compiling():
                 _say_once(f"ADOPT runs its foreach kernel instead of the fused one: {why_unavailable()}")
         if foreach is None:
             foreach = not differentiable and all(type(param) in (Tensor, Parameter) for param in params)
