@@ -44,19 +44,21 @@ def run(command: list[str], directory: Path) -> str:
 
 @pytest.fixture(params=[1, 2], ids=["alone", "torchrun"])
 def output_of_code(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """What the README's Python prints, all blocks as one script, and its last loss."""
+    """What the README's Python prints, all blocks as one script, and its last loss; rank by rank."""
     script = tmp_path / "readme.py"
-    script.write_text(PYTHON + "\nprint('loss', loss.item())\ntorch.distributed.destroy_process_group()\n")
+    to_a_file_a_rank = "import os, sys\nsys.stdout = open(f'printed-{os.environ.get(\"RANK\", 0)}', 'w')\n"
+    at_the_end = "print('loss', loss.item())\ntorch.distributed.destroy_process_group()\n"
+    script.write_text(to_a_file_a_rank + PYTHON + at_the_end)
     if request.param == 1:
-        return run([sys.executable, str(script)], tmp_path)
-    with (
-        (tmp_path / "output").open("w") as file,
-        Job(request.param, script, output=file, directory=tmp_path) as job,
-    ):
-        code = job.wait(240)
-    printed = (tmp_path / "output").read_text()
-    assert code == 0, printed
-    return printed
+        run([sys.executable, str(script)], tmp_path)
+    else:
+        with (
+            (tmp_path / "output").open("w") as file,
+            Job(request.param, script, output=file, directory=tmp_path) as job,
+        ):
+            code = job.wait(240)
+        assert code == 0, (tmp_path / "output").read_text()
+    return "".join((tmp_path / f"printed-{rank}").read_text() for rank in range(request.param))
 
 
 def test_the_training_loop_learns_and_the_checkpoint_comes_back(output_of_code: str) -> None:
