@@ -7,13 +7,14 @@ includes neither Python.h nor a torch header, so one file serves every Python, a
 from setuptools import Extension, setup
 
 NATIVE = "sharded_adopt/kernels/native"
+HEADERS = ("convert.h", "isa.h", "lanes.h", "plan.h", "rule.h", "torch_api.h")
 
 setup(
     ext_modules=[
         Extension(
             "sharded_adopt.kernels.native._adopt",
             sources=[f"{NATIVE}/adopt.c"],
-            depends=[f"{NATIVE}/{header}" for header in ("convert.h", "isa.h", "lanes.h", "rule.h")],
+            depends=[f"{NATIVE}/{header}" for header in HEADERS],
             # No contraction: a multiply-add is fused where the source says so and nowhere else.
             extra_compile_args=[
                 "-std=c11",

@@ -34,9 +34,11 @@ def _build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_one_file_serves_every_python(tmp_path: Path) -> None:
-    done = _build(tmp_path)
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_one_file_serves_every_python(tmp_path: Path, compiler: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} here")
+    done = _build(tmp_path, CC=compiler, LDSHARED=f"{compiler} -shared")
     assert done.returncode == 0, done.stderr
     (library,) = (tmp_path / "sharded_adopt").rglob("_adopt*.so")
     assert library.name == "_adopt.abi3.so"

@@ -20,9 +20,9 @@ _INTERFACE = 1
 """The version of the C functions that fused.py calls; `sharded_adopt_interface` in adopt.c says the same."""
 
 _TORCH_VERSION = (2 << 56) | (13 << 48)
-"""The torch whose calling convention adopt.c was written to; newer ones keep to it."""
+"""The torch whose calling convention the library was written to; newer ones keep to it."""
 
-_TORCH_FUNCTIONS = (  # in the order of the struct `torch` in adopt.c
+_TORCH_FUNCTIONS = (  # in the order of the struct `torch` in torch_api.h
     "aoti_torch_library_init_fragment",
     "aoti_torch_library_init_impl",
     "aoti_torch_library_def",
