@@ -52,33 +52,37 @@ def chart(results: Mapping[str, Any], works: Mapping[str, tuple[str, Any, Any]],
     from matplotlib import pyplot
 
     kinds = [work for work in works if any(run["work"] == work for run in results["runs"])]
-    figure, panels = pyplot.subplots(
-        1, len(kinds), figsize=(1 + 4.2 * len(kinds), 4.2), squeeze=False, layout="constrained"
-    )
-    for panel, work in zip(panels[0], kinds, strict=True):
-        runs = [run for run in results["runs"] if run["work"] == work]
+    of_kind = {work: [run for run in results["runs"] if run["work"] == work] for work in kinds}
+    most = max(len(run["of_floor"]) - 1 for run in results["runs"])
+    columns = min(2, len(kinds))
+    rows = -(-len(kinds) // columns)
+    size = (6.2 * columns, 0.6 + (1 + 0.42 * most) * rows)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for panel in list(panels.flat)[len(kinds) :]:
+        panel.axis("off")
+    labelled: dict[str, Any] = {}
+    for panel, work in zip(panels.flat, kinds, strict=False):
+        runs = of_kind[work]
         names = [name for name in runs[0]["of_floor"] if name != "floor"]
         height = 0.8 / len(runs)
         for k, run in enumerate(runs):
             values = [run["of_floor"][name]["median"] for name in names]
             places = [i + k * height for i in range(len(names))]
-            label = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-            bars = panel.barh(
-                places, values, height * 0.92, label=label, color=("#9ecae1", "#08519c", "#636363")[k % 3]
-            )
+            bars = panel.barh(places, values, height * 0.9, color=("#9ecae1", "#08519c", "#636363")[k % 3])
             panel.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
+            labelled.setdefault(f"{run['threads']} thread{'s' * (run['threads'] > 1)}", bars)
         panel.axvline(1, color="black", linewidth=1)
         panel.set_yticks([i + height * (len(runs) - 1) / 2 for i in range(len(names))], names, fontsize=9)
-        panel.invert_yaxis()
+        panel.set_ylim(most - 0.3, -0.5)
         panel.set_xscale("log")
-        highest = max(run["of_floor"][name]["median"] for run in runs for name in names)
-        panel.set_xlim(0.8, max(2.0, highest * 1.8))
-        ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50) if tick <= max(2.0, highest * 1.8)]
+        end = max(2.0, 1.8 * max(run["of_floor"][name]["median"] for run in runs for name in names))
+        panel.set_xlim(0.8, end)
+        ticks = [tick for tick in ((1, 1.5, 2) if end < 5 else (1, 2, 5, 10, 20, 50, 100)) if tick <= end]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
         panel.set_title(works[work][0], fontsize=10)
-        panel.set_xlabel("time of a step, x the memory floor")
+        panel.set_xlabel("time of a step, x the memory floor", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8, loc="lower right", frameon=False)
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=len(labelled), frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
