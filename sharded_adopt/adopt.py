@@ -24,7 +24,7 @@ from sharded_adopt import options
 from sharded_adopt.clipping import PowerClip, as_clip
 from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
 from sharded_adopt.gathering import Gathered, Memory
-from sharded_adopt.kernels import Kernels, NotDenseError
+from sharded_adopt.kernels import Kernels, NotDenseError, looks_at_gradients
 from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
 from sharded_adopt.loading import checked_group, pack_groups, reveal_state, unpack
 from sharded_adopt.options import StateDtype
@@ -250,7 +250,7 @@ class ADOPT(Optimizer):
             )
             calls.append(Gathered(group, params, grads, exp_avgs, exp_avg_sqs, steps, has_complex, offsets))
         if not torch.compiler.is_compiling():
-            self._memory = Memory.of(calls, self.state)
+            self._memory = Memory.of(calls, self.state, looks_at_gradients(p.device for c in calls for p in c.params))
         return calls, every_step
 
     def _init_group(

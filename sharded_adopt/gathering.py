@@ -40,17 +40,23 @@ class Memory:
     must be the same objects, and the same parameters must have a gradient.
     """
 
-    def __init__(self, calls: Sequence[Gathered], state: Mapping[Any, Any]) -> None:
+    def __init__(self, calls: Sequence[Gathered], state: Mapping[Any, Any], kernel_looks: bool) -> None:
+        self._kernel_looks = kernel_looks
         self._keys = tuple(state)
         self._dicts = tuple(state.values())
         self._values = tuple(tuple(map(get, self._dicts)) for get in _GETTERS)
         self._groups = [_GroupMemory(call) for call in calls]
 
     @classmethod
-    def of(cls, calls: Sequence[Gathered], state: Mapping[Any, Any]) -> Memory | None:
-        """Return the memory of these calls, or None where it is not worth keeping."""
+    def of(cls, calls: Sequence[Gathered], state: Mapping[Any, Any], kernel_looks: bool) -> Memory | None:
+        """Return the memory of these calls, or None where it is not worth keeping.
+
+        `kernel_looks`: the kernel that is chosen by default refuses a gradient that is not dense, before it changes
+        anything.
+        """
         worth_it = all(call.are_small() and set(map(type, call.group["params"])) <= _PLAIN for call in calls)
-        return cls(calls, state) if worth_it and all(held.keys() >= _NAMES for held in state.values()) else None
+        worth_it = worth_it and all(held.keys() >= _NAMES for held in state.values())
+        return cls(calls, state, kernel_looks) if worth_it else None
 
     def again(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> list[Gathered] | None:
         """Return this step's calls, or None where something is not what it was."""
@@ -63,8 +69,9 @@ class Memory:
                 return None
         except KeyError:
             return None
-        # The fused kernel looks for itself before it changes anything, but only at one group.
-        look = len(groups) > 1 or any(g["fused"] is False or g["foreach"] is not None for g in groups)
+        # A kernel looks at one group only, and somebody may have chosen another kernel.
+        look = not self._kernel_looks or len(groups) > 1
+        look = look or any(g["fused"] is False or g["foreach"] is not None for g in groups)
         calls = [kept.again(group, look) for kept, group in zip(self._groups, groups, strict=True)]
         return None if None in calls else cast("list[Gathered]", calls)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,11 +13,11 @@ from torch.nn import Parameter
 
 from sharded_adopt.clipping import Clip
 from sharded_adopt.kernels.foreach import adopt_foreach_
-from sharded_adopt.kernels.fused import FusedAdopt, NotDenseError, supports, why_unavailable
+from sharded_adopt.kernels.fused import FusedAdopt, NotDenseError, runs_on, supports, why_unavailable
 from sharded_adopt.kernels.fused import is_available as fused_is_available
 from sharded_adopt.kernels.reference import adopt_reference_
 
-__all__ = ["Kernel", "Kernels", "NotDenseError", "check_choice", "fused_is_available"]
+__all__ = ["Kernel", "Kernels", "NotDenseError", "check_choice", "fused_is_available", "looks_at_gradients"]
 
 
 class Kernel(Protocol):
@@ -63,6 +63,11 @@ def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bo
             )
     if fused and not fused_is_available():
         raise ValueError(f"fused=True: {why_unavailable()}; leave fused out for the fastest kernel there is")
+
+
+def looks_at_gradients(devices: Iterable[torch.device]) -> bool:
+    """Return whether the fastest kernel for these devices raises `NotDenseError`; only the native one does."""
+    return all(device.type == "cpu" and runs_on(device) for device in devices)
 
 
 class Kernels:
