@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help venv demo test check clean
+.PHONY: help venv triton demo test check clean
 
 help:
 	@echo "make demo    train on two ranks, kill -9, resume on three; loss curve in runs/demo/loss.png"
 	@echo "make test    run the tests (PYTEST='-k clip' to choose)"
 	@echo "make check   lint, format and types"
 	@echo "make venv    only set up $(VENV)"
+	@echo "make triton  also install Triton, for the tests of the CUDA kernel"
 	@echo "make clean   remove $(VENV) and runs"
 
 venv: $(STAMP)
@@ -25,6 +26,13 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sharded_adopt/kerne
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[plots,test,reference,dev]'
 	@touch $(STAMP)
+
+# A gigabyte, so not for everybody: with it, the tests run the CUDA kernel in Triton's interpreter too.
+triton: $(VENV)/installed-triton
+
+$(VENV)/installed-triton: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt triton
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
