@@ -236,7 +236,8 @@ def _size(nbytes: int) -> str:
 
 def _console() -> Console:
     # A pipe has no width; what is cut off there cannot be searched for.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    # What is printed comes from files and users: none of it is markup.
+    return Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _print_json(value: Any) -> None:

@@ -28,6 +28,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "empty list": (lambda: ShardedADOPT([]), ValueError, "empty parameter list"),
     "one tensor": (lambda: ShardedADOPT(shared), TypeError, "got one tensor"),
     "set": (lambda: ShardedADOPT([{"params": {shared}}]), TypeError, "ordered the same on every rank"),
+    "a set": (lambda: ShardedADOPT({shared}), TypeError, "got a set: use a list"),
+    "a module": (lambda: ShardedADOPT(linear), TypeError, r"pass its parameters\(\)"),
+    "module of another kind": (lambda: ShardedADOPT([shared], module=3), TypeError, "module must be a torch.nn.Module"),
+    "timeout": (lambda: ShardedADOPT([shared], timeout=-1), ValueError, "timeout must be a number of seconds"),
+    "bucket in words": (lambda: ShardedADOPT([shared], bucket_cap_mb="x"), ValueError, "must be positive, got 'x'"),
     "two groups": (
         lambda: ShardedADOPT([{"params": [("a", shared)]}, {"params": [("b", shared)]}]),
         ValueError,
@@ -310,3 +315,29 @@ def test_a_killed_rank_is_an_error_on_the_others_at_once() -> None:
     told = re.search(r"the survivor was told after ([\d.]+) s", str(caught.value))
     assert told is not None, str(caught.value)
     assert float(told.group(1)) < 5
+
+
+def wrong_on_one(rank: int, world_size: int, what: str) -> str:
+    wrong: dict[str, Any] = {"bucket_cap_mb": -1.0} if what == "bucket" else {"main_params": "bf16"}
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        ShardedADOPT([nn.Parameter(torch.ones(3))], **(wrong if rank == 1 else {}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"), [("bucket", "bucket_cap_mb must be positive"), ("main", "main_params must be")]
+)
+def test_an_argument_that_is_wrong_on_one_rank_is_an_error_on_all(what: str, told: str) -> None:
+    assert all(told in message for message in run_ranks(2, wrong_on_one, what))
+
+
+def test_a_norm_below_zero_is_refused() -> None:
+    optimizer = ShardedADOPT([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=r"max_norm must be at least 0, got -1\.0"):
+        optimizer.clip_grad_norm_(-1.0)
+
+
+def test_what_is_no_state_dict_is_said_to_be_none() -> None:
+    optimizer = ShardedADOPT([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="rank0_only=False"):
+        optimizer.load_state_dict({})

@@ -28,8 +28,8 @@ def check_arguments(
     for name, (value, built) in unbuilt.items():
         if value != built:
             raise NotImplementedError(f"{name}={value!r} is not built yet: leave it at {built!r}")
-    if not bucket_cap_mb > 0:
-        raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
+    if isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, (int, float)) or not bucket_cap_mb > 0:
+        raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb!r}")
     if shard_gradients and not reduce_gradients:
         raise ValueError(
             "shard_gradients=True frees what this optimizer has reduced, but with reduce_gradients=False it reduces "

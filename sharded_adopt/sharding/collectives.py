@@ -52,6 +52,8 @@ class Collectives:
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float | None = None) -> None:
         self.process_group = process_group
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
+            raise ValueError(f"timeout must be a number of seconds above 0 or None, got {timeout!r}")
         self._timedelta = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._data: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None

@@ -38,8 +38,14 @@ def read_groups(params: Any, module: nn.Module | None, first_index: int = 0) -> 
     Raises `TypeError` for what is no parameter that can be sharded and `ValueError` for an empty list, a tensor given
     twice, or names for some tensors of a group only. Each error names the parameter.
     """
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, got {type(module).__name__}")
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, pairs or groups, got one tensor: pass [tensor]")
+    if isinstance(params, nn.Module):
+        raise TypeError("params must be an iterable of tensors, pairs or groups, got a module: pass its parameters()")
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must be ordered the same on every rank, got a set: use a list")
     raw = list(params)
     if not raw:
         raise ValueError(

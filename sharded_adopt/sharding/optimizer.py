@@ -28,7 +28,7 @@ from sharded_adopt.sharding.norm import clip_factor, total_norm
 from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
 from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
-from sharded_adopt.sharding.state import ShardedState, by_index
+from sharded_adopt.sharding.state import ShardedState, by_index, require_form
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -98,27 +98,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
         timeout: float | None = None,
         **defaults: Any,
     ) -> None:
-        check_arguments(
-            mesh=mesh,
-            sharding=sharding,
-            shard_gradients=shard_gradients,
-            reduce_gradients=reduce_gradients,
-            bucket_cap_mb=bucket_cap_mb,
-            overlap_param_gather=overlap_param_gather,
-            reduce_dtype=reduce_dtype,
-            gather_dtype=gather_dtype,
-            main_params=main_params,
-        )
-        refuse_not_elementwise(optimizer_class)
         self._built = False
         self._reduces = reduce_gradients
         self._reduce_dtype, self._gather_dtype = reduce_dtype, gather_dtype
         self._keeps_gradients = reduce_gradients and not shard_gradients
-        self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
         self._collectives = Collectives(process_group, timeout)
         groups: tuple[Group, ...] = ()
         error: Exception | None = None
         try:
+            check_arguments(
+                mesh=mesh,
+                sharding=sharding,
+                shard_gradients=shard_gradients,
+                reduce_gradients=reduce_gradients,
+                bucket_cap_mb=bucket_cap_mb,
+                overlap_param_gather=overlap_param_gather,
+                reduce_dtype=reduce_dtype,
+                gather_dtype=gather_dtype,
+                main_params=main_params,
+            )
+            refuse_not_elementwise(optimizer_class)
             groups = read_groups(params, module)
             if module is not None and reduce_gradients:
                 refuse_missing(module, groups)
@@ -128,6 +127,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = caught
         self._collectives.raise_together(error)
 
+        self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
         self._inner = InnerOptimizer(optimizer_class, defaults, [group.options for group in groups])
         self._parameters = ShardedParameters(
             self._collectives, keeps_main=main_params != "none", wire_dtype=gather_dtype
@@ -254,6 +254,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises `RuntimeError` on every rank for a norm that is not finite with `error_if_nonfinite`.
         """
         norm_type = float(norm_type)
+        if not float(max_norm) >= 0:
+            raise ValueError(f"max_norm must be at least 0, got {float(max_norm)}")
         verdict = self.synchronize_gradients()
         parts = [self._gradients.segment_grad(place) for place in self._state.places if place.param in verdict.present]
         total = total_norm(parts, norm_type, self._collectives)
@@ -376,6 +378,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         cut: dict[int, dict[str, Any]] = {}
         groups: list[dict[str, Any]] = []
         try:
+            require_form(state_dict)
             state_dict = self._inner.translated(state_dict)
             groups = list(state_dict["param_groups"])
             cut = self._state.check(by_index(state_dict, [len(group["params"]) for group in self.param_groups]))

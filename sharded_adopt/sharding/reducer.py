@@ -229,8 +229,9 @@ class _BucketReduction:
         names = [self.specs[i].name for i in self.params]
         self._errors.append(
             RuntimeError(
-                f"a gradient of {names} was changed in place while its bucket was being reduced: call "
-                "synchronize_gradients() before editing gradients, or construct with overlap_grad_reduce=False"
+                f"a gradient of {names} was changed in place while its bucket was being reduced. To clip, use this "
+                "optimizer's clip_grad_norm_, not torch's; to edit otherwise, call synchronize_gradients() first: only "
+                "this rank's segment is then the mean"
             )
         )
 

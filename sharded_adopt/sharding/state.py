@@ -187,6 +187,15 @@ class ShardedState:
                     own[key] = value
 
 
+def require_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what is no optimizer's state dict, as `full_state_dict()` is off the first rank."""
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"expected a state dict with 'state' and 'param_groups', got the keys {sorted(map(str, state_dict))}: "
+            "every rank must pass one; full_state_dict(rank0_only=False) gives it to all"
+        )
+
+
 def by_index(state_dict: Mapping[str, Any], sizes: Sequence[int]) -> dict[int, Mapping[str, Any]]:
     """The state in a state dict by index in the layout: its ids may be integers or names, only their positions count.
 
