@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpointing import PlainOptimizer, Spec, rewrite_manifest
 from ranks import run_ranks
 from torch import nn
 
-from sharded_adopt import checkpoint, cli
+from sharded_adopt import ShardedADOPT, checkpoint, cli
 
 SMALL = (Spec("layer.weight", (9, 3)), Spec("layer.bias[x]", (3,), group=1))
 
@@ -223,3 +224,15 @@ def test_help_does_not_wait_for_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_what_users_wrote_is_not_read_as_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = tmp_path / "[/odd]"
+    optimizer = ShardedADOPT([("[bold]", torch.nn.Parameter(torch.ones(3)))])
+    checkpoint.save(root, step=1, optimizer=optimizer, extra={"bad": "[/foo]", "none": [None, None]})
+    code, out, _ = _run(capsys, "ckpt", "inspect", root)
+    assert code == 0
+    assert '{"bad": "[/foo]", "none": [null, null]}' in out
+    assert "[bold]" in out
+    assert _run(capsys, "ckpt", "ls", root)[0] == 0
+    assert _run(capsys, "ckpt", "verify", root)[0] == 0
