@@ -179,3 +179,19 @@ def test_a_gradient_that_turns_sparse_is_refused_before_anything_changes(foreach
             optimizer.step()
         assert all(map(torch.equal, params, before))
         assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 3]
+
+
+def test_a_gradient_that_turns_sparse_among_several_dtypes_is_refused_before_anything_moves():
+    params = [torch.nn.Parameter(torch.ones(4, 2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    optimizer = ADOPT(params, lr=0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+    before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    params[0].grad = torch.full_like(params[0], 0.25)
+    params[1].grad = torch.full((4, 2), 0.25).to_sparse()
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        optimizer.step()
+    after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
