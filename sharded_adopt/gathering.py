@@ -41,8 +41,7 @@ class Memory:
     """
 
     def __init__(self, calls: Sequence[Gathered], state: Mapping[Any, Any], kernel_looks: bool) -> None:
-        # It looks at the tensors of one mixture of dtypes at a time, and must not have stepped others before.
-        self._kernel_looks = kernel_looks and all(len({param.dtype for param in call.params}) <= 1 for call in calls)
+        self._kernel_looks = kernel_looks
         self._keys = tuple(state)
         self._dicts = tuple(state.values())
         self._values = tuple(tuple(map(get, self._dicts)) for get in _GETTERS)
