@@ -4,17 +4,6 @@
 its index: from a hook when it and all earlier ones are full, the rest when the gradients are synchronised. One exchange
 then tells every rank which parameters had a gradient anywhere and what went differently somewhere.
 
-[Note: param.grad is the truth] A user may set, replace or drop `param.grad` at any time. Where it is the view of its
-bucket, its values are in place; a new backward adds to it. Where it is another tensor, that is the gradient, and what
-the bucket held is dropped. Where it is None, there is none. This also holds once the bucket has been reduced: the mean
-in this rank's segment is then *carried*, that is, put aside before anything is added to the bucket, the bucket is
-reduced again with what came late, and the carried mean is added to the result.
-
-[Note: kept and freed gradients] Kept (ZeRO-1), every bucket has a flat buffer for ever, `param.grad` is a view of it,
-and the mean replaces this rank's slice. Freed (ZeRO-2), a bucket borrows a buffer from its first gradient until it is
-reduced, `param.grad` is None from then on, and the mean has memory of its own. There what the user drops can only be
-seen in the optimizer's `zero_grad`.
-
 [Note: errors in a round] What a user did wrong is kept, not raised, until the exchange: a rank that left backward or
 the reductions early would leave the others waiting. The exchange makes every rank raise. An error of the connection is
 raised at once, because the others get one too.
@@ -25,296 +14,21 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sharded_adopt.sharding.buckets import BucketBuffer, view_like
-from sharded_adopt.sharding.collectives import Collectives, Pending
-from sharded_adopt.sharding.gradients import Verdict, are_one, both_ends, sparse_gradient
-from sharded_adopt.sharding.layout import Layout, ParamSpec, Placement, Segment
+from sharded_adopt.sharding.buckets import BucketBuffer
+from sharded_adopt.sharding.collectives import Collectives
+from sharded_adopt.sharding.gradients import Verdict, are_one, both_ends
+from sharded_adopt.sharding.layout import Layout, Segment
+from sharded_adopt.sharding.reduction import BucketReduction
 from sharded_adopt.sharding.scratch import Scratch
 
 # A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory. Freed gradients
 # are in flight one bucket at a time, so that with the one that fills there are never more than three buckets' worth.
 MAX_KEPT_IN_FLIGHT, MAX_FREED_IN_FLIGHT = 2, 1
-
-
-@dataclass(slots=True)
-class _Round:
-    """What happened to one bucket since the last step."""
-
-    launched: bool = False
-    ready: set[int] = field(default_factory=set)  # had their hook in a backward that synchronises
-    taken: set[int] = field(default_factory=set)  # moved out of `param.grad` before the launch (freed gradients)
-    first: set[int] = field(default_factory=set)  # had a gradient when the bucket was launched
-    dropped: set[int] = field(default_factory=set)  # of those: dropped or replaced by the user since
-    again: set[int] = field(default_factory=set)  # got a gradient since
-    late: bool = False  # has to be reduced again
-
-
-class _BucketReduction:
-    """One bucket's gradients through one round after another. See [Note: kept and freed gradients].
-
-    `flat`: 1-D, padded_numel elements, what is to be reduced; None while freed. `mean`: 1-D, shard_numel elements, this
-    rank's slice of the result. `carry`: like `mean`, what is to be added to the next result, or None.
-    """
-
-    def __init__(
-        self,
-        buffer: BucketBuffer,
-        params: Sequence[Tensor],
-        specs: Sequence[ParamSpec],
-        errors: list[Exception],
-        scratch: Scratch,
-        wire_dtype: torch.dtype | None,
-    ) -> None:
-        self.buffer = buffer
-        self._wire_dtype = wire_dtype
-        self.keeps = buffer.grads is not None
-        self.specs = specs
-        self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
-        self.placements: dict[int, Placement] = {p.param: p for p in buffer.bucket.placements}
-        self._errors = errors
-        self._scratch = scratch
-        self.views: dict[int, Tensor] = {}
-        self.flat: Tensor | None = None
-        self.carry: Tensor | None = None
-        self.pending: Pending | None = None
-        self.version = 0
-        self.holds_step = False  # what is in the kept buffer was used by a step already
-        self.round = _Round()
-        if buffer.grads is not None:
-            self._use(buffer.grads)
-            self.mean = buffer.grads[buffer.shard]
-        else:
-            self.mean = buffer.params.new_zeros(buffer.bucket.shard_numel)
-
-    def _use(self, flat: Tensor) -> Tensor:
-        self.flat = flat
-        for index, placement in self.placements.items():
-            self.views[index] = view_like(flat, placement.start, self.params[index])
-        return flat
-
-    def opened(self) -> Tensor:
-        """The flat buffer, borrowed and zeroed where none is held."""
-        if self.flat is not None:
-            return self.flat
-        like = self.buffer.params
-        return self._use(self._scratch.take(self.buffer.bucket.padded_numel, like.dtype, like.device).zero_())
-
-    def _free(self) -> None:
-        if not self.keeps and self.flat is not None:
-            self._scratch.give_back(self.flat)
-            self.flat = None
-            self.views.clear()
-
-    def is_full(self) -> bool:
-        return all(i in self.round.ready or not p.requires_grad for i, p in self.params.items())
-
-    # --- from param.grad into the bucket ---------------------------------------------------------------------------
-
-    def before_accumulation(self) -> None:
-        """Autograd is about to add to `param.grad`: where that is the kept buffer, save what must not be added to."""
-        if not self.keeps:
-            return
-        if self.round.launched:
-            self.reopen()
-        elif self.holds_step:
-            self.reuse()
-
-    def after_accumulation(self, index: int, is_last: bool) -> None:
-        """Autograd has added to `param.grad`. `is_last`: nothing else is expected of it in this round."""
-        if self.keeps:
-            if self.collect(index) and self.round.launched:
-                self.round.again.add(index)
-        elif is_last and not self.round.launched:
-            self.collect(index)
-        # Otherwise freed gradients wait in `param.grad`, where autograd adds to them.
-
-    def collect(self, index: int) -> bool:
-        """Move `param.grad` into the bucket if it is not there yet; return whether there is a gradient."""
-        param, spec = self.params[index], self.specs[index]
-        grad = param.grad
-        if grad is None:
-            return index in self.round.taken
-        if grad.layout is not torch.strided:
-            self._errors.append(sparse_gradient(spec.name, grad))
-            return False
-        flat = self.opened()
-        if grad.dtype is not flat.dtype or grad.device != flat.device or grad.shape != self.views[index].shape:
-            # The parameter was cast or moved; its values are checked, and the error raised, before the next step.
-            return False
-        if not self.keeps:
-            view = self.views[index]
-            view.add_(grad.detach()) if index in self.round.taken else view.copy_(grad.detach())
-            self.round.taken.add(index)
-            param.grad = None
-        elif not self._is_in_place(index):
-            if not self.round.launched:
-                self.forget_carried([index])
-            self.views[index].copy_(grad.detach())
-            param.grad = self.views[index]
-        return True
-
-    def _is_in_place(self, index: int) -> bool:
-        """Whether `param.grad` is the view of the kept buffer."""
-        grad, view = self.params[index].grad, self.views.get(index)
-        return grad is view or (grad is not None and view is not None and _same_memory(grad, view))
-
-    def reuse(self) -> None:
-        """Begin a round in a buffer that a step has used: keep only the gradients that the user left in place."""
-        self.holds_step = False
-        left = [i for i, p in self.params.items() if p.grad is not None and self._is_in_place(i)]
-        if left:
-            self.put_aside([i for i in self.params if i not in left])
-
-    # --- the mean that is there already ----------------------------------------------------------------------------
-
-    def put_aside(self, without: Sequence[int]) -> None:
-        """Carry the mean, except of the parameters `without`, and empty the bucket."""
-        self.carry = self.mean.clone()
-        self.forget_carried(without)
-        self.opened().zero_()
-
-    def forget_carried(self, indices: Sequence[int]) -> None:
-        """Take the parameters `indices` out of the carried mean."""
-        if self.carry is None:
-            return
-        start, stop = self.buffer.shard.start, self.buffer.shard.stop
-        for index in indices:
-            placement = self.placements[index]
-            low, high = max(start, placement.start), min(stop, placement.start + placement.numel)
-            if low < high:
-                self.carry[low - start : high - start].zero_()
-
-    def reopen(self) -> None:
-        """Make the launched bucket ready to take more. What it held stays as the carried mean."""
-        self.finish()
-        if not self.round.late:
-            self.round.late = True
-            self.put_aside(())
-            self.round.taken.clear()
-        self.note_dropped()
-
-    # --- reduction -------------------------------------------------------------------------------------------------
-
-    def launch(self, group: Collectives) -> None:
-        """Start to reduce the bucket with what it holds; parameters without a gradient count as zero."""
-        if self.holds_step:
-            self.reuse()
-        self.opened()
-        for index in self.params:
-            if self.collect(index):
-                self.round.first.add(index)
-            else:
-                self.forget_carried([index])
-                self.views[index].zero_()
-        self.start(group, again=False)
-
-    def start(self, group: Collectives, again: bool) -> None:
-        flat = self.opened()
-        self.round.launched = True
-        self.pending = group.reduce_scatter_mean_(
-            flat, 2 * self.buffer.index + again, self._wire_dtype, f"the gradients of bucket {self.buffer.index}"
-        )
-        self.version = flat._version
-
-    def check_untouched(self) -> None:
-        """See whether somebody wrote to the bucket while it was on its way."""
-        if self.pending is None or self.flat is None or self.flat._version == self.version:
-            return
-        self.version = self.flat._version
-        names = [self.specs[i].name for i in self.params]
-        self._errors.append(
-            RuntimeError(
-                f"a gradient of {names} was changed in place while its bucket was being reduced. To clip, use this "
-                "optimizer's clip_grad_norm_, not torch's; to edit otherwise, call synchronize_gradients() first: only "
-                "this rank's segment is then the mean"
-            )
-        )
-
-    def finish(self) -> None:
-        """Wait for the mean and add what was carried."""
-        if self.pending is None:
-            return
-        self.check_untouched()
-        flat = self.opened()
-        self.pending.wait()
-        self.pending = None
-        if not self.keeps:
-            self.mean.copy_(flat[self.buffer.shard])
-            self._free()
-        if self.carry is not None:
-            self.mean.add_(self.carry)
-            self.carry = None
-
-    def note_dropped(self) -> None:
-        """See what the user has done to `param.grad` since the bucket was launched."""
-        if not self.keeps:
-            return
-        for index in [i for i in self.round.again if self.params[i].grad is None]:
-            self.round.again.discard(index)
-            self.views[index].zero_()
-        for index in self.round.first - self.round.dropped - self.round.again:
-            if self.params[index].grad is None or not self._is_in_place(index):
-                self.round.dropped.add(index)
-
-    def collect_late(self) -> None:
-        """Take in what came or was assigned after the bucket was launched, and note what was dropped."""
-        self.note_dropped()
-        for index, param in self.params.items():
-            if param.grad is not None and not (self.keeps and self._is_in_place(index)):
-                self.reopen()
-                if self.collect(index):
-                    self.round.again.add(index)
-
-    def reduce_late(self, group: Collectives, dropped: set[int]) -> None:
-        """Reduce the bucket again with what came after its launch; on ranks where nothing came, with zeros."""
-        self.finish()
-        if not self.round.late:
-            self.put_aside(())
-        self.forget_carried([i for i in self.params if i in dropped])
-        self.start(group, again=True)
-        self.finish()
-        # The round goes on as if what came late had been there from the first.
-        self.round = _Round(launched=True, ready=self.round.ready)
-
-    def point_grads(self, present: frozenset[int]) -> None:
-        """Make `param.grad` the view of the kept buffer for the parameters in `present`, and None for all others."""
-        self.round.first = {index for index in self.params if index in present}
-        for index, param in self.params.items():
-            grad = self.views[index] if self.keeps and index in present else None
-            if param.grad is not grad:
-                param.grad = grad
-
-    def any_nonzero(self) -> bool:
-        """Whether this rank sees a gradient other than zero; read on the host, once the bucket is finished."""
-        parts = [self.mean] if self.carry is None else [self.carry, self.opened()]
-        return any(bool(part.any()) for part in parts)
-
-    def drop(self) -> None:
-        """The user has dropped all gradients: forget those that are not in `param.grad` any more."""
-        if self.keeps:
-            return
-        self.round.dropped |= self.round.first
-        self.round.taken.clear()
-        if not self.round.launched:
-            self._free()
-
-    def close(self) -> None:
-        self.round = _Round()
-        self.carry = None
-        self.holds_step = self.keeps
-
-    def abandon(self) -> None:
-        self.close()
-        self.pending = None
-        self.holds_step = False
-        self.flat = self.flat if self.keeps else None  # not given back: a message may still write into it
-        for param in self.params.values():
-            param.grad = None
 
 
 class GradientReducer:
@@ -332,8 +46,8 @@ class GradientReducer:
         self._scratch = Scratch()
         self._syncs = True
         self._layout = Layout(group.world_size, (), ())
-        self._buckets: list[_BucketReduction] = []
-        self._of_param: dict[int, _BucketReduction] = {}
+        self._buckets: list[BucketReduction] = []
+        self._of_param: dict[int, BucketReduction] = {}
         self._hooked: set[int] = set()
         self._next = 0  # the first bucket that is not launched in this round
         self._errors: list[Exception] = []  # see [Note: errors in a round]
@@ -342,7 +56,7 @@ class GradientReducer:
         """Take over the parameters and buckets that came behind the known ones. Not within a round."""
         self._layout = layout
         for buffer in buffers[len(self._buckets) :]:
-            bucket = _BucketReduction(buffer, params, layout.params, self._errors, self._scratch, self._wire_dtype)
+            bucket = BucketReduction(buffer, params, layout.params, self._errors, self._scratch, self._wire_dtype)
             self._buckets.append(bucket)
             self._of_param.update(dict.fromkeys(bucket.params, bucket))
         self._watch()
@@ -497,8 +211,3 @@ class _Hook:
         reducer = self.reducer()
         if reducer is not None:
             self.act(reducer, self.index)
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    # Not the whole truth for strides of a dimension of size 1, but those never differ with equal addresses here.
-    return a is b or (a.layout is torch.strided and a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
