@@ -94,7 +94,7 @@ class PlainOptimizer:
             self.live[name] = {key: tensor.clone() for key, tensor in tensors.items()}
         self.groups = [dict(group) for group in groups]
         self.loads += 1
-        self.collectives.barrier()
+        self.collectives.all_gather_bytes(b"")
 
     def check_groups(self, groups: Sequence[Mapping[str, object]]) -> None:
         if any(group["lr"] == 0.0 for group in groups):

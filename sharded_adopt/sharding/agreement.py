@@ -17,10 +17,9 @@ def require_same_layout(group: Collectives, layout: Layout, groups: list[dict[st
     follows, to find the first difference. Collective.
     """
     groups = [{key: repr(value) for key, value in one.items()} for one in groups]
-    mine = {"layout": layout.to_json(), "groups": groups}
-    if _all_equal(group, mine):
+    if _all_equal(group, {"layout": layout.fingerprint(), "groups": groups}):
         return
-    everyone = group.all_gather_json(mine)
+    everyone = group.all_gather_json({"layout": layout.to_json(), "groups": groups})
     first = Layout.from_json(everyone[0]["layout"])
     for rank, other in enumerate(everyone):
         difference = first_difference(first, Layout.from_json(other["layout"]))

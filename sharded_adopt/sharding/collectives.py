@@ -237,10 +237,6 @@ class Collectives:
         """The first rank's `data`; what the others pass is ignored."""
         return self.all_gather_bytes(data if self.rank == 0 else b"")[0]
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self.all_gather_bytes(b"")
-
     def raise_together(
         self, error: BaseException | None, make: Callable[[dict[int, str]], Exception] | None = None
     ) -> None:

@@ -73,11 +73,6 @@ class ParamSpec:
         """The sizes from the slowest to the fastest dimension: row-major over it is the order of the elements."""
         return tuple(self.shape[dim] for dim in self.dim_order)
 
-    @property
-    def is_row_major(self) -> bool:
-        """Whether the order in memory is the logical one."""
-        return self.dim_order == tuple(range(len(self.shape)))
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
