@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help venv triton demo test check clean
+.PHONY: help venv triton ecosystem demo test test-ecosystem check clean
 
 help:
 	@echo "make demo    train on two ranks, kill -9, resume on three; loss curve in runs/demo/loss.png"
 	@echo "make test    run the tests (PYTEST='-k clip' to choose)"
+	@echo "make test-ecosystem  also install the frameworks that ADOPT is tested in, and run those tests"
 	@echo "make check   lint, format and types"
 	@echo "make venv    only set up $(VENV)"
 	@echo "make triton  also install Triton, for the tests of the CUDA kernel"
@@ -35,11 +36,21 @@ $(VENV)/installed-triton: $(STAMP)
 	$(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --disable-pip-version-check 'triton<=3.9.0'
 	@touch $@
 
+# Another gigabyte: the frameworks that ADOPT is tested in. torch is installed already and the constraints hold it there.
+ecosystem: $(VENV)/installed-ecosystem
+
+$(VENV)/installed-ecosystem: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[hosts]'
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-ecosystem: $(VENV)/installed-ecosystem
+	$(BIN)/python -m pytest tests/ecosystem $(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

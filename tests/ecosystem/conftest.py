@@ -1,0 +1,22 @@
+"""What the tests inside other frameworks share: nothing is downloaded, and whose warnings are no errors of ours."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# The hosts' switches against the network, for this process and for the ranks that it starts.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "disabled"}
+os.environ.update(OFFLINE)
+# jax and DeepSpeed look for an accelerator and say so if there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Warnings are errors, those that a host raises about itself excepted: module of the host, filter, reason.
+FILTERS: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in FILTERS:
+        config.addinivalue_line("filterwarnings", line)
