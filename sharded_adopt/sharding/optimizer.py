@@ -416,6 +416,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._collectives
 
     @property
+    def reduces_gradients(self) -> bool:
+        """Whether this optimizer averages the gradients; False where somebody else, such as DDP, does."""
+        return self._reduces
+
+    @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The class whose rule is followed and whose state this is."""
         return self._inner.optimizer_class

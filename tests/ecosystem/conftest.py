@@ -12,9 +12,13 @@ os.environ.update(OFFLINE)
 # jax and DeepSpeed look for an accelerator and say so if there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate warns of a guess
 
-# Warnings are errors, those that a host raises about itself excepted: module of the host, filter, reason.
-FILTERS: list[str] = []
+# Warnings are errors, except those that a host (or torch, for what a host uses of it) raises about itself.
+FILTERS = [
+    "ignore:`torch.distributed:FutureWarning",  # DeepSpeed calls all_gather_into_tensor by its old name
+    "ignore:`torch.jit:DeprecationWarning",  # DeepSpeed compiles a function, and torch's compiler uses torch.jit
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,71 @@
+"""What the hosts that wrap an optimizer have in common: who is inside, and the whole state where they save one rank's.
+
+[Note: the whole state in a host's file]
+transformers, accelerate and Lightning save `optimizer.state_dict()` of one process, and load that file in every
+process. The state dict of a sharded optimizer holds that process's shards, so the file would lack all others: loading
+it is refused, but by then the rest is lost. So each host's hook puts the whole state dict in its place. It is what the
+unsharded optimizer would have saved, so loading needs no hook, at any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sharded_adopt.adopt import ADOPT
+from sharded_adopt.sharding.optimizer import ShardedOptimizer
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer that really steps, inside the wrappers of accelerate, DeepSpeed and Lightning."""
+    seen: set[int] = set()
+    while not isinstance(optimizer, (ADOPT, ShardedOptimizer)) and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        optimizer = getattr(optimizer, "_optimizer", None) or getattr(optimizer, "optimizer", None) or optimizer
+    return optimizer
+
+
+def require_ours(optimizer: Any, host: str) -> ADOPT | ShardedOptimizer:
+    """Return the innermost optimizer. Raises `RuntimeError` that names what runs instead, if it is not one of ours."""
+    inner = innermost(optimizer)
+    if not isinstance(inner, (ADOPT, ShardedOptimizer)):
+        raise RuntimeError(
+            f"expected {host} to train with ADOPT or a sharded optimizer, but {type(inner).__module__}."
+            f"{type(inner).__qualname__} is what runs; see docs/ecosystem.md for the ways in which it is swapped"
+        )
+    return inner
+
+
+def require_given_gradients(optimizer: Optimizer, host: str) -> None:
+    """Raise `ValueError` for a sharded optimizer that averages gradients which `host` averages and clips by itself."""
+    if isinstance(optimizer, ShardedOptimizer) and optimizer.reduces_gradients:
+        raise ValueError(
+            f"{host} averages the gradients with DistributedDataParallel and clips them with torch's function, which "
+            "sees this rank's shard only: construct the sharded optimizer with reduce_gradients=False"
+        )
+
+
+def write_full_state(optimizer: ShardedOptimizer, path: Path, *, everywhere: bool = False, writes: bool) -> None:
+    """Put the whole state dict into `path`, in place of what the host has written there. Collective.
+
+    `writes` says whether this process does: rank 0 only, or any with `everywhere`. The file is replaced at once by
+    `os.replace`. When the call returns, it is there for every rank. Raises on every rank what went wrong on one.
+    """
+    whole = optimizer.full_state_dict(rank0_only=not everywhere)
+    error: Exception | None = None
+    if writes:
+        try:
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"expected the host to have saved the optimizer in {path}, there is no such file"
+                )
+            beside = path.with_name(path.name + ".partial")
+            torch.save(whole, beside)
+            os.replace(beside, path)
+        except Exception as caught:
+            error = caught
+    optimizer.collectives.raise_together(error)
