@@ -36,4 +36,4 @@ def test_the_versions_are_the_pinned_ones() -> None:
     for name, version in spoken:
         if name in PINS:
             assert version == PINS[name], f"{name} {version} is not what constraints.txt installs"
-    assert {"transformers"} <= {name for name, _ in spoken}
+    assert {"transformers", "accelerate", "lightning"} <= {name for name, _ in spoken}

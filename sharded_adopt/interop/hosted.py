@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.dlpack
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharded_adopt.adopt import ADOPT
@@ -69,3 +71,23 @@ def write_full_state(optimizer: ShardedOptimizer, path: Path, *, everywhere: boo
         except Exception as caught:
             error = caught
     optimizer.collectives.raise_together(error)
+
+
+def separate_storages(module: nn.Module) -> None:
+    """Let `module.state_dict()` give every tensor a storage of its own, over the same memory; again: no effect.
+
+    The parameters of a sharded optimizer are views of flat buffers. accelerate takes tensors that share a storage for
+    tied ones and writes only one of them into a safetensors file: all other weights of the buffer would be lost.
+    """
+    if _own_storages not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_own_storages)
+
+
+def _own_storages(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, Tensor) and name.startswith(prefix) and _is_part_of_storage(tensor):
+            state_dict[name] = torch.utils.dlpack.from_dlpack(tensor.detach())
+
+
+def _is_part_of_storage(tensor: Tensor) -> bool:
+    return 0 < tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()

@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate warns of a guess
 # Warnings are errors, except those that a host (or torch, for what a host uses of it) raises about itself.
 FILTERS = [
     "ignore:`torch.distributed:FutureWarning",  # DeepSpeed calls all_gather_into_tensor by its old name
+    "ignore:`isinstance.treespec:FutureWarning",  # Lightning flattens its loaders
+    "ignore:Checkpoint directory:UserWarning",  # Lightning, of a run that goes on
+    "ignore:The 'train_dataloader' does not have many workers:UserWarning",  # Lightning's advice
     "ignore:`torch.jit:DeprecationWarning",  # DeepSpeed compiles a function, and torch's compiler uses torch.jit
 ]
 

@@ -1,0 +1,171 @@
+"""ADOPT with accelerate: prepared, accumulated, clipped, saved and loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosting import (
+    MAX_NORM,
+    MICRO,
+    OPTIONS,
+    STEPS,
+    as_torchrun_rank,
+    assert_same_bits,
+    expected,
+    loss_of,
+    make_net,
+    micro_batch,
+    values,
+)
+from ranks import RanksFailed, run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytest.importorskip("accelerate", reason="accelerate is not installed: make ecosystem")
+
+from accelerate import Accelerator
+
+from sharded_adopt import ADOPT, ShardedADOPT
+from sharded_adopt.interop.accelerate import prepare, save_state
+
+
+def make(cls: type, **options: Any) -> tuple[Accelerator, Any, Any]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
+    model = make_net()
+    return accelerator, *prepare(accelerator, model, cls(model.parameters(), **OPTIONS, **options))
+
+
+def train(accelerator: Accelerator, model: Any, optimizer: Any, rank: int, steps: range) -> None:
+    """The loop of accelerate's own documentation."""
+    for step in steps:
+        for micro in range(MICRO):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, micro_batch(step, micro, rank)))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def trained(rank: int, world_size: int, cls: type, options: dict[str, Any], directory: Path) -> list[Tensor]:
+    as_torchrun_rank(rank, world_size)
+    accelerator, model, optimizer = make(cls, **options)
+    train(accelerator, model, optimizer, rank, range(3))
+    save_state(accelerator, directory)
+    train(accelerator, model, optimizer, rank, range(3, STEPS))
+    return values(model)
+
+
+def resumed(rank: int, world_size: int, cls: type, options: dict[str, Any], directory: Path) -> list[Tensor]:
+    as_torchrun_rank(rank, world_size)
+    accelerator, model, optimizer = make(cls, **options)
+    accelerator.load_state(str(directory))
+    train(accelerator, model, optimizer, rank, range(3, STEPS))
+    return values(model)
+
+
+BESIDE_DDP = {"reduce_gradients": False}
+ways = pytest.mark.parametrize(
+    ("world_size", "cls", "options"),
+    [(1, ADOPT, {}), (2, ADOPT, {}), (1, ShardedADOPT, BESIDE_DDP), (2, ShardedADOPT, BESIDE_DDP)],
+    ids=["ADOPT-1", "ADOPT-2", "ShardedADOPT-1", "ShardedADOPT-2"],
+)
+
+
+@ways
+def test_prepared_accumulated_clipped_and_resumed_equals_a_plain_loop_to_the_bit(
+    world_size: int, cls: type, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for params in run_ranks(world_size, trained, cls, options, tmp_path):
+        assert_same_bits(params, expected(world_size))
+    for params in run_ranks(world_size, resumed, cls, options, tmp_path):
+        assert_same_bits(params, expected(world_size))
+
+
+def test_state_saved_by_two_sharded_ranks_loads_in_one_unsharded_process(tmp_path: Path) -> None:
+    run_ranks(2, trained, ShardedADOPT, BESIDE_DDP, tmp_path)
+    by_sharded = run_ranks(1, resumed, ADOPT, {}, tmp_path)[0]
+    run_ranks(2, trained, ADOPT, {}, tmp_path / "unsharded")
+    assert_same_bits(by_sharded, run_ranks(1, resumed, ADOPT, {}, tmp_path / "unsharded")[0])
+
+
+def saved_model(rank: int, world_size: int, directory: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
+    as_torchrun_rank(rank, world_size)
+    accelerator, model, optimizer = make(ShardedADOPT, **BESIDE_DDP)
+    train(accelerator, model, optimizer, rank, range(2))
+    accelerator.save_model(model, directory)
+    accelerator.wait_for_everyone()
+    state = accelerator.unwrap_model(model).state_dict()
+    next(iter(state.values())).zero_()
+    assert values(model)[0].eq(0).all(), "a state dict is a view of the parameters"
+    return values(model), load_file(directory / "model.safetensors")
+
+
+def test_accelerate_saves_every_weight_of_a_flat_buffer(tmp_path: Path) -> None:
+    """accelerate took the views of one storage for tied weights, and `save_model` wrote one of four."""
+    for params, saved in run_ranks(2, saved_model, tmp_path):
+        assert sorted(saved) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+        assert_same_bits(params[1:], [saved[name] for name in ("0.bias", "2.weight", "2.bias")])
+
+
+def without_the_helper(rank: int, world_size: int, directory: Path) -> None:
+    as_torchrun_rank(rank, world_size)
+    accelerator, model, optimizer = make(ShardedADOPT, **BESIDE_DDP)
+    train(accelerator, model, optimizer, rank, range(2))
+    accelerator.save_state(str(directory))
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(directory))
+
+
+def test_state_saved_by_accelerate_alone_is_refused_on_every_rank(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match=r"checkpoint\.load") as failed:
+        run_ranks(2, without_the_helper, tmp_path)
+    assert str(failed.value).count("--- rank") == 2
+
+
+def natively(rank: int, world_size: int) -> list[Tensor]:
+    as_torchrun_rank(rank, world_size)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
+    model = make_net()
+    optimizer = prepare(accelerator, ShardedADOPT(model.parameters(), **OPTIONS))
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            with accelerator.accumulate(), contextlib.ExitStack() as stack:
+                if not accelerator.sync_gradients:
+                    stack.enter_context(optimizer.optimizer.no_sync())
+                accelerator.backward(loss_of(model, micro_batch(step, micro, rank)))
+                optimizer.step()
+                optimizer.zero_grad()
+    return values(model)
+
+
+def test_without_ddp_the_optimizer_averages_by_itself(tmp_path: Path) -> None:
+    """Only the optimizer is prepared; clipping is then its own `clip_grad_norm_`."""
+    for params in run_ranks(2, natively):
+        assert_same_bits(params, expected(2, clips=False))
+
+
+def averages_twice(rank: int, world_size: int) -> None:
+    as_torchrun_rank(rank, world_size)
+    make(ShardedADOPT)
+
+
+def test_prepare_refuses_a_sharded_optimizer_that_averages_beside_ddp() -> None:
+    with pytest.raises(RanksFailed, match="construct the sharded optimizer with reduce_gradients=False"):
+        run_ranks(2, averages_twice)
+
+
+def another_optimizer(rank: int, world_size: int) -> None:
+    import torch
+
+    as_torchrun_rank(rank, world_size)
+    model = make_net()
+    prepare(Accelerator(cpu=True), model, torch.optim.AdamW(model.parameters()))
+
+
+def test_prepare_refuses_another_optimizer() -> None:
+    with pytest.raises(RanksFailed, match=r"but torch\.optim\.adamw\.AdamW is what runs"):
+        run_ranks(1, another_optimizer)
