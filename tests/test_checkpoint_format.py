@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,40 @@ def test_plain_data_survives(value: Any) -> None:
 def test_nan_and_minus_zero_survive_in_plain_data() -> None:
     found = from_plain(loads(dumps(to_plain([float("nan"), -0.0, float("-inf")], "value"))))
     assert str(found) == "[nan, -0.0, -inf]"
+
+
+def test_keys_that_are_numbers_counters_and_scalars_survive_in_plain_data() -> None:
+    value = {
+        "milestones": Counter({3: 2, 40: 1}),
+        "by step": {3: {4: float("inf")}, "x": []},
+        "lr": torch.tensor(0.1),
+        "count": torch.tensor(2**40),
+    }
+    found = from_plain(loads(dumps(to_plain(value, "value"))))
+    assert found == value
+    assert type(found["milestones"]) is Counter
+    assert (found["lr"].dtype, found["count"].dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"$float": "1"}, "'inf', '-inf' or 'nan' must"),
+        ({"$pairs": {}}, "pairs of a key and a value must"),
+        ({"$pairs": [[1, 2, 3]]}, "pairs of a key and a value must"),
+        ({"$pairs": [[1.5, 2]]}, "must be strings or whole numbers"),
+        ({"$pairs": [[True, 2]]}, "must be strings or whole numbers"),
+        ({"$pairs": [[1, 2], [1, 3]]}, "appears twice"),
+        ({"$counter": [[1, "2"]]}, "counts of .* must be whole numbers"),
+        ({"$scalar": ["float32"]}, "name of a dtype and a number must"),
+        ({"$scalar": ["path", 1.0]}, "name of a dtype and a number must"),
+        ({"$scalar": ["float32", "1"]}, "1 is not a float32"),
+        ({"$scalar": [["float32"], 1.0]}, "name of a dtype and a number must"),
+    ],
+)
+def test_a_reserved_key_with_what_is_never_written_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_plain(value)
 
 
 def test_what_contains_itself_is_refused() -> None:

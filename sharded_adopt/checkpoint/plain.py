@@ -1,17 +1,27 @@
 """Plain data: what a manifest may hold, and how it is read from bytes that nobody vouches for.
 
-JSON has no infinity and no NaN, but a scheduler's state does (`ReduceLROnPlateau` starts from `inf`). They are kept as
-`{"$float": "inf"}`, `"-inf"` or `"nan"`, so that a manifest stays JSON that every tool reads.
+JSON has no infinity and no NaN, no keys but strings and no tensors, but the state of torch's schedulers does. Each such
+value is an object with one reserved key, so that a manifest stays JSON that every tool reads:
+
+    {"$float": "inf"}, "-inf" or "nan"         what `ReduceLROnPlateau` starts from
+    {"$pairs": [[3, …], ["a", …]]}             a dict of which some key is an int
+    {"$counter": [[3, 1]]}                     a `collections.Counter`, such as the milestones of `MultiStepLR`
+    {"$scalar": ["float32", 0.1]}              a 0-dim tensor, such as the rates where lr is one
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-_FLOAT = "$float"
+from torch import Tensor
+
+from sharded_adopt.checkpoint.dtypes import NAMES, dtype_name, scalar_tensor, scalar_value
+
+_FLOAT, _PAIRS, _COUNTER, _SCALAR = _RESERVED = ("$float", "$pairs", "$counter", "$scalar")
 _NONFINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _DEEPEST = 100  # levels that may be written; Python's own reader and writer give up at about ten times as many
 _DEEPEST_READ = _DEEPEST + 20  # a manifest holds what was written some levels down
@@ -22,8 +32,9 @@ T = TypeVar("T")
 def to_plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of `value` that JSON writes and reads without loss; tuples become lists.
 
-    Raises `TypeError` for anything that is not None, bool, int, float, str, list, tuple or dict with str keys, and
-    `ValueError` for nesting beyond 100 levels and the reserved key; both name the place, starting from `where`.
+    Raises `TypeError` for anything that is not None, bool, int, float, str, a 0-dim tensor, list, tuple, or dict whose
+    keys are str or int, and `ValueError` for nesting beyond 100 levels and a reserved key; both name the place,
+    starting from `where`.
     """
     if depth > _DEEPEST:
         raise ValueError(f"{where} is nested more than {_DEEPEST} levels deep (or contains itself)")
@@ -39,19 +50,28 @@ def to_plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
-        if set(value) == {_FLOAT}:
-            raise ValueError(f"{where} is a dict whose only key is {_FLOAT!r}, which is reserved")
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"{where} has the key {key!r}, a {type(key).__name__}: keys must be str, because JSON knows no "
-                    "others; store a list of pairs, or str(key)"
-                )
-        return {str.__str__(key): to_plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return _plain_object(value, where, depth)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return {_SCALAR: [dtype_name(value.dtype), to_plain(scalar_value(value), where, depth + 2)]}
     raise TypeError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}: only None, bool, int, float, str, list and "
         "dict can be stored; convert it first (a tensor: .tolist(), a number: float() or int())"
     )
+
+
+def _plain_object(value: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]:
+    if len(value) == 1 and next(iter(value)) in _RESERVED:
+        raise ValueError(f"{where} is a dict whose only key is {next(iter(value))!r}, which is reserved")
+    for key in value:
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise TypeError(
+                f"{where} has the key {key!r}, a {type(key).__name__}: keys must be str or int; store a list of pairs"
+            )
+    is_counter = isinstance(value, Counter)
+    if is_counter or not all(isinstance(key, str) for key in value):
+        pairs = [[to_plain(k, where), to_plain(v, f"{where}[{k!r}]", depth + 3)] for k, v in value.items()]
+        return {_COUNTER if is_counter else _PAIRS: pairs}
+    return {str.__str__(key): to_plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
 
 
 def from_plain(value: Any, depth: int = 0) -> Any:
@@ -61,12 +81,48 @@ def from_plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list):
         return [from_plain(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        if set(value) == {_FLOAT}:
-            if not isinstance(value[_FLOAT], str) or value[_FLOAT] not in _NONFINITE:
-                raise ValueError(f"{_kind(value[_FLOAT])} stands where 'inf', '-inf' or 'nan' must")
-            return _NONFINITE[value[_FLOAT]]
+        if len(value) == 1 and (tag := next(iter(value))) in _RESERVED:
+            return _READERS[tag](value[tag], depth + 1)
         return {key: from_plain(item, depth + 1) for key, item in value.items()}
     return value
+
+
+def _float(name: Any, depth: int) -> float:
+    if not isinstance(name, str) or name not in _NONFINITE:
+        raise ValueError(f"{_kind(name)} stands where 'inf', '-inf' or 'nan' must")
+    return _NONFINITE[name]
+
+
+def _dict(pairs: Any, depth: int) -> dict[Any, Any]:
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{_kind(pairs)} stands where pairs of a key and a value must")
+    if not all(type(key) in (str, int) for key, _ in pairs):
+        raise ValueError(f"the keys of {_kind(pairs)} must be strings or whole numbers")
+    found = {key: from_plain(item, depth + 2) for key, item in pairs}
+    if len(found) != len(pairs):
+        raise ValueError(f"a key appears twice in {_kind(pairs)}")
+    return found
+
+
+def _counter(pairs: Any, depth: int) -> Counter[Any]:
+    counts = _dict(pairs, depth)
+    if not all(type(count) is int for count in counts.values()):
+        raise ValueError(f"the counts of {_kind(pairs)} must be whole numbers")
+    return Counter(counts)
+
+
+def _scalar(pair: Any, depth: int) -> Tensor:
+    if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in NAMES:
+        raise ValueError(f"{_kind(pair)} stands where the name of a dtype and a number must")
+    return scalar_tensor(pair[0], from_plain(pair[1], depth + 1))
+
+
+_READERS: dict[str, Callable[[Any, int], Any]] = {
+    _FLOAT: _float,
+    _PAIRS: _dict,
+    _COUNTER: _counter,
+    _SCALAR: _scalar,
+}
 
 
 def plain_copy(value: Any, where: str) -> Any:
