@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.collectives": {"sharding.scratch"},
     "sharding.scratch": set(),
     "sharding.hyperparameters": set(),
+    "sharding.watch": set(),
     "sharding.buckets": {"sharding.layout"},
     "sharding.groups": {"sharding.layout"},
     "sharding.flat_shard": {"sharding.layout"},

@@ -176,21 +176,37 @@ def test_a_group_added_while_training_starts_at_step_0_and_leaves_the_rest() -> 
         assert steps[-1] == 4
 
 
-def stale_graph(rank: int, world_size: int) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
-    optimizer = ShardedADOPT(model.parameters(), lr=0.1)
-    loss = model(torch.ones(3)).sum()
+def stale_graph(rank: int, world_size: int, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(dtype)
+    given = arguments.get("reduce_gradients") is False and world_size > 1
+    forward = nn.parallel.DistributedDataParallel(model) if given else model
+    optimizer = ShardedADOPT(model.parameters(), lr=0.1, **arguments)
+    x = torch.ones(3, dtype=dtype)
+    loss = model(x).sum()
     for _ in range(2):
         optimizer.zero_grad()
-        model(torch.ones(3)).sum().backward()
+        forward(x).sum().backward()
         optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+WAYS_TO_WRITE_PARAMETERS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "kept": (torch.float32, {}),
+    "freed": (torch.float32, {"shard_gradients": True}),
+    "given": (torch.float32, {"reduce_gradients": False}),
+    "main values": (torch.bfloat16, {}),
+    "no main values": (torch.bfloat16, {"main_params": "none"}),
+    "gathered narrow": (torch.float32, {"gather_dtype": torch.bfloat16}),
+    "without overlap": (torch.float32, {"overlap_grad_reduce": False}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WRITE_PARAMETERS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_backward_through_a_graph_from_before_the_step_raises_as_in_torch(world_size: int) -> None:
-    run_ranks(world_size, stale_graph)
+def test_backward_through_a_graph_from_before_the_step_raises_as_in_torch(world_size: int, way: str) -> None:
+    # T28
+    run_ranks(world_size, stale_graph, *WAYS_TO_WRITE_PARAMETERS[way])
 
 
 def test_a_model_outlives_its_optimizer() -> None:

@@ -29,6 +29,7 @@ from sharded_adopt.sharding.parameters import ShardedParameters
 from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
 from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
 from sharded_adopt.sharding.state import ShardedState, by_index, require_form
+from sharded_adopt.sharding.watch import ModuleWatch, module_of
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -103,6 +104,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reduce_dtype, self._gather_dtype = reduce_dtype, gather_dtype
         self._keeps_gradients = reduce_gradients and not shard_gradients
         self._collectives = Collectives(process_group, timeout)
+        watched = module_of(params) if module is None else module  # before `params` is used up
         groups: tuple[Group, ...] = ()
         error: Exception | None = None
         try:
@@ -139,6 +141,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         # Until something has been stepped, a step in which every gradient is zero may be a host's dummy.
         self._nothing_stepped = self._inner.guards_dummy_step
+        self._watch = ModuleWatch(watched, owns_all=module is not None and reduce_gradients)
         self._take_over(groups, self._agreed_layout(groups))
         self._built = True
         if module is not None and reduce_gradients:
@@ -157,6 +160,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         known = len(self._parameters.tensors)
         tensors = [tensor for group in groups for tensor in group.params]
         self._parameters.add(layout, tensors, with_grads=self._keeps_gradients, broadcast=self._reduces)
+        self._watch.hold(tensors, [spec.name for spec in layout.params[known:]])
         self._gradients.add(layout, self._parameters.tensors, self._parameters.buffers)
         self._inner.set_groups(self.param_groups)
         self._inner.add_buckets(
@@ -235,7 +239,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _agree(self) -> Verdict:
         """Exchange what happened since the last step, and see that the hyperparameters are the same on all ranks."""
-        problem = self._parameters.rebind()
+        problem = self._watch.problem() or self._parameters.rebind()
         digest = zlib.crc32(repr(summary_of_groups(self.param_groups)).encode()).to_bytes(4, "big")
         verdict = self._gradients.agree(self._nothing_stepped, problem, digest)
         if not verdict.digests_agree:

@@ -73,21 +73,23 @@ class ShardedParameters:
             self._views.append(view_like(self.buffers[bucket_index].params, start, self.tensors[segment.param]))
 
     def rebind(self) -> Exception | None:
-        """Put parameters back that were given other memory since (`param.data = ...`, a load with `assign=True`).
+        """Put parameters back that were given other memory or strides since (`param.data = ...`, `.half().float()`).
 
         Their new values are taken over. Returns the error for a parameter that no longer has the shape, dtype and
         device that its bucket was made for: it must not be trained as a detached copy.
         """
         for spec, tensor, view in zip(self.layout.params, self.tensors, self._views, strict=True):
-            if tensor.data_ptr() == view.data_ptr() and tensor.dtype is view.dtype:
+            fits = tensor.dtype is view.dtype and tensor.device == view.device
+            # Same memory, offset, shape and strides: a transposed view of a square matrix has all but the last.
+            if fits and tensor.is_set_to(view):
                 continue
-            if tensor.shape != view.shape or tensor.dtype is not view.dtype or tensor.device != view.device:
+            if not fits or tensor.shape != view.shape:
                 return RuntimeError(
                     f"parameter {spec.name!r} was changed after the optimizer was made: expected shape "
                     f"{tuple(view.shape)}, {view.dtype} on {view.device}, got {tuple(tensor.shape)}, {tensor.dtype} on "
                     f"{tensor.device}; move and cast the model first, then make the optimizer"
                 )
-            view.copy_(tensor.detach())
+            view.copy_(tensor.detach().clone())  # it may be another view of the same elements
             tensor.data = view
         return None
 

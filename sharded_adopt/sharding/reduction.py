@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sharded_adopt.sharding.buckets import BucketBuffer, view_like
+from sharded_adopt.sharding.buckets import BucketBuffer
 from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.gradients import sparse_gradient
 from sharded_adopt.sharding.layout import ParamSpec, Placement
@@ -62,6 +62,8 @@ class BucketReduction:
         self.specs = specs
         self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
         self.placements: dict[int, Placement] = {p.param: p for p in buffer.bucket.placements}
+        # As they were bound: until the next step a parameter may have others.
+        self._strides = {p.param: params[p.param].stride() for p in buffer.bucket.placements}
         self._errors = errors
         self._scratch = scratch
         self.views: dict[int, Tensor] = {}
@@ -80,7 +82,8 @@ class BucketReduction:
     def _use(self, flat: Tensor) -> Tensor:
         self.flat = flat
         for index, placement in self.placements.items():
-            self.views[index] = view_like(flat, placement.start, self.params[index])
+            start = flat.storage_offset() + placement.start
+            self.views[index] = flat.as_strided(self.specs[index].shape, self._strides[index], start)
         return flat
 
     def opened(self) -> Tensor:
@@ -142,13 +145,17 @@ class BucketReduction:
             if not self.round.launched:
                 self.forget_carried([index])
             self.views[index].copy_(grad.detach())
-            param.grad = self.views[index]
+            self._hand_out(index)
         return True
 
     def _is_in_place(self, index: int) -> bool:
         """Whether `param.grad` is the view of the kept buffer."""
         grad, view = self.params[index].grad, self.views.get(index)
-        return grad is view or (grad is not None and view is not None and _same_memory(grad, view))
+        return grad is not None and view is not None and _same_memory(grad, view)
+
+    def _hand_out(self, index: int) -> None:
+        """Make `param.grad` a view of the kept buffer: one of its own, for casting a model gives it other memory."""
+        self.params[index].grad = self.views[index].detach()
 
     def reuse(self) -> None:
         """Begin a round in a buffer that a step has used: keep only the gradients that the user left in place."""
@@ -273,9 +280,10 @@ class BucketReduction:
         """Make `param.grad` the view of the kept buffer for the parameters in `present`, and None for all others."""
         self.round.first = {index for index in self.params if index in present}
         for index, param in self.params.items():
-            grad = self.views[index] if self.keeps and index in present else None
-            if param.grad is not grad:
-                param.grad = grad
+            if not self.keeps or index not in present:
+                param.grad = None
+            elif not self._is_in_place(index):
+                self._hand_out(index)
 
     def any_nonzero(self) -> bool:
         """Whether this rank sees a gradient other than zero; read on the host, once the bucket is finished."""
@@ -309,4 +317,4 @@ class BucketReduction:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     # Not the whole truth for strides of a dimension of size 1, but those never differ with equal addresses here.
-    return a is b or (a.layout is torch.strided and a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
+    return a.layout is torch.strided and a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
