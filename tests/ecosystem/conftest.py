@@ -20,6 +20,7 @@ FILTERS = [
     "ignore:`isinstance.treespec:FutureWarning",  # Lightning flattens its loaders
     "ignore:Checkpoint directory:UserWarning",  # Lightning, of a run that goes on
     "ignore:The 'train_dataloader' does not have many workers:UserWarning",  # Lightning's advice
+    "ignore:To get the last learning rate:UserWarning",  # torchtitan, loading its schedule
     "ignore:`torch.jit:DeprecationWarning",  # DeepSpeed compiles a function, and torch's compiler uses torch.jit
 ]
 
