@@ -12,7 +12,7 @@ Source: Taniguchi et al., NeurIPS 2024, arXiv 2411.02853, in the form of the aut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from sharded_adopt import options
+from sharded_adopt import from_adamw, options
 from sharded_adopt.clipping import PowerClip, as_clip
 from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
 from sharded_adopt.gathering import Gathered, Memory
@@ -116,9 +116,29 @@ class ADOPT(Optimizer):
         self.register_state_dict_post_hook(pack_groups)
 
     @classmethod
-    def from_adamw(cls, optimizer: Optimizer, **overrides: Any) -> ADOPT:
-        """Return an ADOPT that goes on where a torch Adam or AdamW stands. Not there yet."""
-        raise NotImplementedError("ADOPT.from_adamw is not implemented yet")
+    def from_adamw(
+        cls, optimizer: Optimizer | Mapping[str, Any], params: ParamsT | None = None, **overrides: Any
+    ) -> ADOPT:
+        """Return an ADOPT that goes on where a torch Adam or AdamW stands, so that nothing jumps at the switch.
+
+        `optimizer` is live, or its state dict with `params` in the same groups and order. It is only read. Each
+        parameter gets exp_avg = m̂ / (√v̂ + eps), exp_avg_sq = v̂ and Adam's `step`; one without state starts afresh.
+        The groups keep lr, betas, eps, weight decay (coupled of Adam, decoupled of AdamW), `maximize`, `capturable`,
+        `differentiable`, names, and what schedulers have put there. `overrides`, arguments of this class, win in every
+        group. Make schedulers and hooks anew, for the new optimizer.
+
+        Raises `TypeError` for another optimizer, `ValueError` for a state dict that is not Adam's or does not fit.
+        """
+        source = from_adamw.read(optimizer, params, overrides)
+        made = cls(source.groups, **source.defaults)
+        members = [(param, group) for group in made.param_groups for param in group["params"]]
+        for position, rule in enumerate(source.rule_of_each()):
+            if moments := source.moments.get(position):
+                param, group = members[position]
+                made.init_state(param, group)
+                from_adamw.carry_over_(moments, rule, made.state[param], element_start(param))
+        made._note_stepped()
+        return made
 
     def stats(self) -> dict[str, Tensor]:
         """Return figures of the last step as device scalars. Not there yet."""
@@ -350,6 +370,10 @@ class ADOPT(Optimizer):
         # What was remembered of the state that is replaced would keep it alive until the next step.
         self._kernels = Kernels()
         self._memory = None
+        self._note_stepped()
+
+    def _note_stepped(self) -> None:
+        """See in the state whether anything was stepped."""
         self._is_stepped = has_nonzero(s["step"] for p, s in self.state.items() if isinstance(p, Tensor) and s)
 
 

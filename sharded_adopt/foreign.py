@@ -25,8 +25,8 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
         if "amsgrad" in group or "decoupled_weight_decay" in group:
             raise ValueError(
                 "this is the state dict of torch's Adam or AdamW (its groups hold 'amsgrad'): its exp_avg averages raw "
-                "gradients and its exp_avg_sq starts at zero, so ADOPT cannot go on from it as it is; start "
-                "ADOPT anew, with a warm-up (ADOPT.from_adamw is not built yet)"
+                "gradients and its exp_avg_sq starts at zero, so ADOPT cannot load it as it is; "
+                "ADOPT.from_adamw(state_dict, params=…) gives an optimizer that goes on from there"
             )
         if "clip_exp" in group:
             _from_timm(group)

@@ -131,8 +131,6 @@ def test_contradictions_are_refused():
 
 
 def test_what_is_to_come_says_so_by_name():
-    with pytest.raises(NotImplementedError, match="from_adamw"):
-        ADOPT.from_adamw(torch.optim.AdamW([param(2)]))
     with pytest.raises(NotImplementedError, match="stats"):
         ADOPT([param(2)]).stats()
 

@@ -129,7 +129,6 @@ def sharded(**options: Any) -> Any:
 UNBUILT: dict[str, Callable[[], Any]] = {
     "meshes": lambda: sharded(mesh=object()),
     "`overlap_param_gather`": lambda: sharded(overlap_param_gather=True),
-    "`from_adamw`": lambda: sharded_adopt.ADOPT.from_adamw(torch.optim.AdamW([torch.zeros(1, requires_grad=True)])),
     "`stats()`": lambda: sharded().stats(),
     "`AsyncSaver`": lambda: sharded_adopt.checkpoint.AsyncSaver(),
     "`checkpoint.reshard`": lambda: sharded_adopt.checkpoint.reshard("a", "b", 2),

@@ -83,7 +83,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "overlap_param_gather": True,
         }.items()
     },
-    "from_adamw": (lambda: ShardedADOPT.from_adamw(ADOPT([shared])), NotImplementedError, "from_adamw"),
     "stats": (lambda: ShardedADOPT([shared]).stats(), NotImplementedError, "stats"),
 }
 

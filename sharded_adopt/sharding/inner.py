@@ -72,6 +72,7 @@ class InnerOptimizer:
         self._buckets: list[Optimizer] = []
         self._bucket_of: dict[Tensor, Optimizer] = {}
         self._flat: dict[tuple[int, str, torch.dtype], Tensor] = {}
+        self._inherited: Mapping[tuple[int, str, torch.dtype], Tensor] = {}
         # Without parameters: it keeps the hyperparameters, and reads and writes them in the class's own form.
         self._template = self._make([{**group, "params": []} for group in groups])
 
@@ -131,6 +132,7 @@ class InnerOptimizer:
                 self._bucket_of[segments[index]] = optimizer
                 self._make_state(optimizer, places[index], segments[index], optimizer.param_groups[groups[index]])
                 self._move_into_flat(places[index], segments[index], buffers[bucket])
+        self._inherited = {}  # what is not used of it goes back
 
     def _make_state(self, optimizer: Optimizer, place: Segment, segment: Tensor, group: dict[str, Any]) -> None:
         if isinstance(optimizer, ADOPT):
@@ -145,9 +147,15 @@ class InnerOptimizer:
             if not is_of_segment(value, segment):
                 continue
             where = (place.bucket, key, value.dtype)
-            if where not in self._flat:
+            if where not in self._flat and where in self._inherited:
+                self._flat[where] = self._inherited[where]
+            elif where not in self._flat:
                 self._flat[where] = torch.zeros(buffer.bucket.shard_numel, dtype=value.dtype, device=value.device)
             state[key] = self._flat[where][place.shard_start : place.shard_start + place.numel]
+
+    def inherit(self, other: InnerOptimizer) -> None:
+        """Lay state that will be made next over the memory of `other`'s of the same name and dtype, as it stands."""
+        self._inherited = other._flat
 
     def add_group(self, options: Mapping[str, Any]) -> None:
         """Open a group without parameters. Raises, with nothing changed, for values that the class refuses."""

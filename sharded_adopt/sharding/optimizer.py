@@ -7,6 +7,7 @@ state's forms (`state`), the optimizer inside (`inner`).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,11 +17,19 @@ import torch.optim
 from torch import Tensor, nn
 
 from sharded_adopt.adopt import ADOPT
+from sharded_adopt.from_adamw import AdamSource, read_live
 from sharded_adopt.sharding.agreement import require_same, require_same_layout
 from sharded_adopt.sharding.arguments import check_arguments
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
 from sharded_adopt.sharding.groups import Group, param_specs, read_groups, refuse_missing
+from sharded_adopt.sharding.handover import (
+    HandedOver,
+    carry_over_segments_,
+    cut_together,
+    read_together,
+    refuse_other_than_adam,
+)
 from sharded_adopt.sharding.hyperparameters import comparable, from_json, summary_of_groups, to_json
 from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_defaults, refuse_not_elementwise
 from sharded_adopt.sharding.layout import Layout
@@ -162,6 +171,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._parameters.add(layout, tensors, with_grads=self._keeps_gradients, broadcast=self._reduces)
         self._watch.hold(tensors, [spec.name for spec in layout.params[known:]])
         self._gradients.add(layout, self._parameters.tensors, self._parameters.buffers)
+        self._make_state(known)
+
+    def _make_state(self, known: int = 0) -> None:
+        """Give the parameters from index `known` on to the inner optimizer, and see the state anew."""
+        layout = self.layout
         self._inner.set_groups(self.param_groups)
         self._inner.add_buckets(
             layout.segments(self._collectives.rank)[known:],
@@ -344,6 +358,68 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise
         self._take_over(groups, layout)
 
+    # --- coming from AdamW -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_adamw(cls, optimizer: Any, params: Any = None, **arguments: Any) -> ShardedOptimizer:
+        """Return a sharded ADOPT that goes on where a torch Adam or AdamW stands. Collective.
+
+        `optimizer`: a live one (alone or under DDP; every rank passes its own), a state dict of one, whole or this
+        rank's shards of the same layout, with its `params`; or a `ShardedOptimizer` around one. The result is what
+        `ADOPT.from_adamw` gives, which says more, cut to this rank's segments. `arguments` are ADOPT's, which win in
+        every group, and the engine's.
+
+        A `ShardedOptimizer` hands over its engine: parameters, gradients and process groups stay as they are, its
+        state is converted where it lies, nothing is sent but checks. It cannot be used afterwards, and the engine's
+        arguments cannot be given.
+        """
+        engine_names = set(inspect.signature(ShardedOptimizer.__init__).parameters) - {"self", "params", "defaults"}
+        engine = {name: value for name, value in arguments.items() if name in engine_names}
+        overrides = {name: value for name, value in arguments.items() if name not in engine_names}
+        if isinstance(optimizer, ShardedOptimizer):
+            return cls._over_engine_of(optimizer, params, engine, overrides)
+        group, timeout = engine.get("process_group"), engine.get("timeout")
+        source = read_together(optimizer, params, overrides, group, timeout)
+        made = cls(source.groups, **engine, **source.defaults)
+        made._go_on_from(source, cut_together(source, made._state, made._collectives))
+        return made
+
+    @classmethod
+    def _over_engine_of(
+        cls, old: ShardedOptimizer, params: Any, engine: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> ShardedOptimizer:
+        """Put ADOPT into the engine of `old` in the place of its Adam. Collective."""
+        error: Exception | None = None
+        try:
+            refuse_other_than_adam(old.optimizer_class)
+            if engine or params is not None:
+                given = sorted(engine) + ["params"] * (params is not None)
+                raise ValueError(f"the engine of a ShardedOptimizer is kept with its parameters: leave out {given}")
+            moments = [old._state.of(index) for index in range(len(old.layout.params))]
+            source = read_live(old, moments, overrides)
+            groups = read_groups(source.groups, None)
+            inner = InnerOptimizer(ADOPT, source.defaults, [group.options for group in groups])
+            made = cls.__new__(cls)
+            vars(made).update({name: value for name, value in vars(old).items() if name.startswith("_")})
+            made._built = False
+            torch.optim.Optimizer.__init__(made, source.groups, read_defaults(ADOPT, groups, source.defaults))
+        except Exception as caught:
+            error = caught
+        old._collectives.raise_together(error)
+        require_same_layout(old._collectives, old.layout, [comparable(group) for group in made.param_groups])
+        inner.inherit(old._inner)
+        made._inner = inner
+        made._make_state()
+        made._built = True
+        made._go_on_from(source, source.moments)
+        vars(old).update(_gradients=HandedOver(), _inner=HandedOver(), _state=HandedOver())
+        return made
+
+    def _go_on_from(self, source: AdamSource, moments: Mapping[int, Mapping[str, Any]]) -> None:
+        carry_over_segments_(moments, source.rule_of_each(), self._state)
+        self._note_steps()
+        self._mirror_state()
+
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -403,9 +479,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.update(inner)
             if "param_names" in group and "param_names" in loaded:
                 group["param_names"] = list(loaded["param_names"])
+        self._note_steps()
+        self._mirror_state()
+
+    def _note_steps(self) -> None:
+        """See in the state whether anything was stepped."""
         steps = [self._state.of(index).get("step", 0) for index in range(len(self.layout.params))]
         self._nothing_stepped = self._inner.guards_dummy_step and not any(float(step) > 0 for step in steps)
-        self._mirror_state()
 
     # --- what checkpoints and plans ask ----------------------------------------------------------------------------
 
@@ -496,11 +576,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "torch.amp.GradScaler cannot see an inf in another rank's shard: use it with reduce_gradients=False"
             )
         return False
-
-    @classmethod
-    def from_adamw(cls, optimizer: torch.optim.Optimizer, **overrides: Any) -> NoReturn:
-        """Go on where an AdamW stands. Not built yet."""
-        raise NotImplementedError("ShardedOptimizer.from_adamw is not built yet: start ADOPT with its own warm-up")
 
     def stats(self) -> NoReturn:
         """Update RMS, share of clipped elements, gradient norm. Not built yet."""

@@ -44,6 +44,10 @@ class ShardedState:
         """The live state of parameter `index`; empty where the optimizer has made none yet."""
         return self._inner.state_of(self._segments[index])
 
+    def segment(self, index: int) -> Tensor:
+        """The elements of parameter `index` that this rank updates: 1-D."""
+        return self._segments[index]
+
     def sharded(self, index: int) -> StateOfParam:
         """What a sharded state dict holds of parameter `index`: its state and, where kept, its main values."""
         main = self._parameters.main_of(index)
@@ -127,7 +131,7 @@ class ShardedState:
             cut[index] = {}
             for key, value in entries.items():
                 try:
-                    cut[index][key] = self._cut(index, key, value)
+                    cut[index][key] = self.cut(index, key, value)
                 except ValueError as error:
                     problems.append(str(error))
         if problems:
@@ -135,7 +139,11 @@ class ShardedState:
             raise ValueError(f"the state dict does not fit this optimizer, nothing was loaded: {shown}")
         return cut
 
-    def _cut(self, index: int, key: str, value: Any) -> Any:
+    def cut(self, index: int, key: str, value: Any) -> Any:
+        """This rank's part of one loaded entry of parameter `index`; what has no elements comes back as it is.
+
+        Raises `ValueError` for another shape, and for a `FlatShard` of another layout.
+        """
         place, spec = self.places[index], self._layout.params[index]
         if not isinstance(value, Tensor):
             return value
