@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.hyperparameters": set(),
     "sharding.watch": set(),
     "sharding.buckets": {"sharding.layout"},
-    "sharding.groups": {"sharding.layout"},
+    "sharding.groups": {"sharding.layout", "sharding.plan"},
     "sharding.flat_shard": {"sharding.layout"},
     "sharding.plan": {"sharding.layout"},
     "sharding.inner": {"sharding", "adopt", "foreign"},

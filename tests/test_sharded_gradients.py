@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from sharded_adopt import ADOPT, ShardedADOPT
+from sharded_adopt.sharding.buckets import flatten_in_memory_order
 
 MANY_BUCKETS = 100 / 2**20
 LR = {"lr": 0.05}
@@ -262,6 +263,34 @@ def freed(rank: int, world_size: int) -> None:
 
 def test_with_shard_gradients_grad_is_none_once_it_is_reduced() -> None:
     run_ranks(2, freed)
+
+
+def read_only(rank: int, world_size: int) -> None:
+    model = AwkwardModel()
+    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=1 / 2**20, shard_gradients=True)
+    everyone = [[torch.randn_like(p) for p in model.parameters()] for _ in range(world_size)]
+    given = [g.clone() for g in everyone[rank]]
+    for p, grad in zip(model.parameters(), given, strict=True):
+        p.grad = grad
+    optimizer.synchronize_gradients()
+    assert_same(given, everyone[rank])
+    optimizer.step()
+    alone = AwkwardModel()
+    plain = ADOPT(alone.parameters(), **LR)
+    for p, *grads in zip(alone.parameters(), *everyone, strict=True):
+        p.grad = sum(grads[1:], start=grads[0]) / world_size
+    plain.step()
+    for name, shards in optimizer.local_shards().items():
+        whole = plain.state[dict(alone.named_parameters())[name]]["exp_avg_sq"]
+        start = optimizer.state[optimizer.param_for(name)]["exp_avg_sq"].start
+        order = optimizer.layout.params[[s.name for s in optimizer.layout.params].index(name)]
+        flat = flatten_in_memory_order(whole, order)
+        assert torch.equal(shards["exp_avg_sq"], flat[start : start + shards["exp_avg_sq"].numel()])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_gradient_that_travels_in_its_own_memory_is_only_read(world_size: int) -> None:
+    run_ranks(world_size, read_only)
 
 
 def by_hand(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:

@@ -59,7 +59,8 @@ class Collectives:
         self._control: dist.ProcessGroup | None = None
         self._abandoned: list[dist.ProcessGroup] = []
         self._scratch = Scratch()
-        self._is_gloo = True
+        # Whether gradients are exchanged point to point. See [Note: exchange on gloo].
+        self.exchanges = True
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             self.rank, self.world_size = 0, 1
             self.global_ranks = [0]
@@ -75,7 +76,7 @@ class Collectives:
         if self.world_size == 1:
             return
         backend = dist.get_backend(self.process_group)
-        self._is_gloo = backend == "gloo"
+        self.exchanges = backend == "gloo"
         self._data = self._new_group(backend, "sharded_adopt data")
         self._control = self._new_group("gloo", "sharded_adopt control")
 
@@ -95,7 +96,7 @@ class Collectives:
     def _require_equal_group_counts(self) -> None:
         """torch names a group of some ranks after the number of groups that a rank is in: unequal ones never meet."""
         count = torch.tensor([len(dist.distributed_c10d._world.pg_names)])
-        device = torch.device("cpu" if self._is_gloo else "cuda")
+        device = torch.device("cpu" if self.exchanges else "cuda")
         counts = [torch.empty_like(count, device=device) for _ in range(self.world_size)]
         dist.all_gather(counts, count.to(device), group=self.process_group)
         if len({int(one) for one in counts}) > 1:
@@ -121,26 +122,47 @@ class Collectives:
 
     # --- tensors of the size of a bucket ---------------------------------------------------------------------------
 
-    def reduce_scatter_mean_(
-        self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None, what: str = "gradients"
-    ) -> Pending:
-        """Start to replace this rank's slice of `buffer` by the mean of that slice over the ranks.
+    def announce(self, numel: int, dtype: torch.dtype, device: torch.device, wire: torch.dtype | None) -> None:
+        """Say that a buffer of this kind will travel in `wire` (default: its own dtype). Not a collective.
 
-        `buffer`: 1-D, `world_size` equal slices, the same on every rank. The other slices are left as they are. Slices
-        travel in `dtype` (default: the buffer's); the sum is taken in the order of the ranks, of 16-bit numbers in
-        fp32, then divided and rounded once. `tag` tells messages of one kind apart; every rank must start the same
-        operations in the same order. `buffer` must not change until `wait()` has returned.
+        What is borrowed for it is then large enough from the first, and never allocated anew.
         """
+        if self.world_size == 1:
+            return
+        if wire is None or wire is dtype or dtype.is_complex:
+            numel -= numel // self.world_size  # only what arrives: this rank's slice from every other
+        self._scratch.announce(numel, dtype if wire is None or dtype.is_complex else wire, device)
+
+    def reduce_scatter_mean_(
+        self,
+        buffer: Tensor,
+        tag: int,
+        dtype: torch.dtype | None = None,
+        what: str = "gradients",
+        out: Tensor | None = None,
+    ) -> Pending:
+        """Start to take the mean of this rank's slice of `buffer` over the ranks.
+
+        It replaces that slice, or is written to the first elements of `out`; the rest of `buffer` is left as it is.
+        `buffer`: 1-D, of the same size on every rank, cut into `world_size` equal slices, of which the last ones are
+        shorter where it cannot be divided. They travel in `dtype` (default: the buffer's); the sum is taken in the
+        order of the ranks, of 16-bit numbers in fp32, then divided and rounded once. `tag` tells messages of one kind
+        apart; every rank must start the same operations in the same order. `buffer` must not change until `wait()` has
+        returned.
+        """
+        own = self._slices(buffer)[self.rank]
+        target = own if out is None else out[: own.numel()]
         if self.world_size == 1 or buffer.numel() == 0:
+            target.copy_(own)
             return _DONE
         sent = self._cast(buffer, dtype)
-        if self._is_gloo:
-            return _MeanOfSlices(self, buffer, sent, tag, what)
+        if self.exchanges:
+            return _MeanOfSlices(self, target, sent, sent is not buffer, tag, what)
         shard = self._slices(sent)[self.rank]
         # NCCL sums into its output, which may be a slice of its input.
         work = dist.reduce_scatter_tensor(shard, sent, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
         works = _Works([(work, f"rank {self.rank} reduces {what}")], self._timedelta)
-        return _Copied(self, works, sent, buffer, [self.rank])
+        return _Copied(self, works, None if sent is buffer else sent, [(target, shard)])
 
     def all_gather_(
         self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None, what: str = "parameters"
@@ -153,20 +175,28 @@ class Collectives:
             return _DONE
         wire = self._cast(buffer, dtype)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        if self._is_gloo:
+        if self.exchanges:
             slices = self._slices(wire)
             works = _exchange(self, tag, what, lambda _: slices[self.rank], lambda rank: slices[rank])
         else:
             own = self._slices(wire)[self.rank]
             work = dist.all_gather_into_tensor(wire, own, group=self._data, async_op=True)
             works = _Works([(work, f"rank {self.rank} fetches {what}")], self._timedelta)
-        return _Copied(self, works, wire, buffer, others)
+        if wire is buffer:
+            return works
+        return _Copied(self, works, wire, [(self._slices(buffer)[r], self._slices(wire)[r]) for r in others])
 
     def _cast(self, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """`buffer` itself, or a borrowed copy of it in `dtype`."""
-        if dtype is None or dtype is buffer.dtype or buffer.is_complex():
+        """`buffer` itself, or a borrowed copy of it in `dtype`; for NCCL, padded to equal slices."""
+        if dtype is None or buffer.is_complex():
+            dtype = buffer.dtype
+        padding = 0 if self.exchanges else -buffer.numel() % self.world_size
+        if dtype is buffer.dtype and not padding:
             return buffer
-        return self._scratch.take(buffer.numel(), dtype, buffer.device).copy_(buffer)
+        copy = self._scratch.take(buffer.numel() + padding, dtype, buffer.device)
+        copy[buffer.numel() :].zero_()
+        copy[: buffer.numel()].copy_(buffer)
+        return copy
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite `tensor` (of any dtype and strides) by that of the first rank."""
@@ -259,7 +289,9 @@ class Collectives:
         raise _KINDS[kind](f"rank {ranks} failed: {message}")
 
     def _slices(self, buffer: Tensor) -> Sequence[Tensor]:
-        return buffer.view(self.world_size, -1).unbind(0)
+        """`buffer` cut into one slice for each rank, equal but for the last ones where it cannot be divided."""
+        size = -(-buffer.numel() // self.world_size)
+        return [buffer[rank * size : (rank + 1) * size] for rank in range(self.world_size)]
 
 
 _KINDS: dict[str, type[Exception]] = {
@@ -324,6 +356,8 @@ def _exchange(
             (dist.irecv, received(source), source, f"rank {own} waits for {what} from rank {source}"),
             (dist.isend, sent(target), target, f"rank {own} has {what} for rank {target}"),
         ):
+            if tensor.numel() == 0:
+                continue  # the last slices may be empty: the ranks at both ends know it
             try:
                 works.append((start(tensor, group.global_ranks[other], group=group._data, tag=tag), told))
             except RuntimeError as error:
@@ -332,22 +366,27 @@ def _exchange(
 
 
 class _Copied:
-    """An operation on a copy of `buffer` in another dtype, of which some slices then go back; or on `buffer` itself."""
+    """An operation whose results are copied to where they belong: pairs of target and source.
 
-    def __init__(self, group: Collectives, works: _Works, copy: Tensor, buffer: Tensor, ranks: Sequence[int]) -> None:
+    `borrowed` goes back when they are.
+    """
+
+    def __init__(
+        self, group: Collectives, works: _Works, borrowed: Tensor | None, pairs: list[tuple[Tensor, Tensor]]
+    ) -> None:
         self._scratch = group._scratch
         self._works = works
-        self._pairs = [(group._slices(buffer)[rank], group._slices(copy)[rank]) for rank in ranks]
-        self._copy: Tensor | None = None if copy is buffer else copy
+        self._pairs = pairs
+        self._borrowed = borrowed
 
     def wait(self) -> None:
         self._works.wait()
-        if self._copy is None:
-            return
         for target, source in self._pairs:
-            target.copy_(source)
-        self._scratch.give_back(self._copy)
-        self._copy = None
+            target.copy_(source[: target.numel()])
+        self._pairs.clear()
+        if self._borrowed is not None:
+            self._scratch.give_back(self._borrowed)
+            self._borrowed = None
 
 
 # A quarter of a MiB of fp32, so that a piece of each of two ranks fits a core's own cache.
@@ -357,11 +396,13 @@ _PIECE_NUMEL = 1 << 16
 class _MeanOfSlices:
     """A reduce-scatter by exchange: what the others send is kept aside until all is there, then added by rank."""
 
-    def __init__(self, group: Collectives, buffer: Tensor, sent: Tensor, tag: int, what: str) -> None:
+    def __init__(
+        self, group: Collectives, target: Tensor, sent: Tensor, is_borrowed: bool, tag: int, what: str
+    ) -> None:
         self._rank, self._world_size, self._scratch = group.rank, group.world_size, group._scratch
-        self._target = group._slices(buffer)[group.rank]
-        self._sent, self._is_copy = sent, sent is not buffer
-        slices, numel = group._slices(sent), self._target.numel()
+        self._target = target
+        self._sent, self._is_borrowed = sent, is_borrowed
+        slices, numel = group._slices(sent), target.numel()
         self._arrived: Tensor | None = self._scratch.take((group.world_size - 1) * numel, sent.dtype, sent.device)
         # Row of a rank: its number, with this rank's own left out.
         rows = self._arrived.view(group.world_size - 1, numel).unbind(0)
@@ -375,12 +416,19 @@ class _MeanOfSlices:
         # Piece by piece, so that a sum is divided while it is still in the cache.
         split = (part.split(_PIECE_NUMEL) for part in (self._target, *self._parts))
         for target, *pieces in zip(*split, strict=True):
-            # Added into the first rank's piece, which nobody else needs: no further memory, but for 16-bit numbers.
-            total = pieces[0].float() if pieces[0].itemsize == 2 else pieces[0]
-            for piece in pieces[1:]:
+            # Added into a piece that has arrived: no further memory, but for 16-bit numbers, and what was sent stays.
+            first, second, *others = pieces
+            if first.itemsize == 2:
+                total = first.float().add_(second)
+            else:
+                total = torch.add(first, second, out=second if self._rank == 0 else first)
+            for piece in others:
                 total += piece
-            target.copy_(total.div_(self._world_size))
+            if total.dtype is target.dtype:
+                torch.div(total, self._world_size, out=target)
+            else:
+                target.copy_(total.div_(self._world_size))
         self._scratch.give_back(self._arrived)
-        if self._is_copy:
+        if self._is_borrowed:
             self._scratch.give_back(self._sent)
         self._arrived = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_adopt.sharding.layout import BucketKey, ParamSpec
+from sharded_adopt.sharding.plan import Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,11 @@ def memory_order(name: str, tensor: Tensor) -> tuple[int, ...]:
             "overlaps; replace it by its .contiguous() copy before the optimizer is made"
         )
     return tuple(order)
+
+
+def plain_dtype(dtype: torch.dtype | None) -> Dtype | None:
+    """A dtype as the plan takes it."""
+    return None if dtype is None else Dtype(str(dtype).removeprefix("torch."), dtype.itemsize)
 
 
 def param_specs(groups: Sequence[Group], first_group: int = 0) -> list[ParamSpec]:

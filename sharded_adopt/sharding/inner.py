@@ -13,7 +13,8 @@ from sharded_adopt import foreign
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.sharding.buckets import BucketBuffer
 from sharded_adopt.sharding.groups import Group
-from sharded_adopt.sharding.layout import Layout, Segment
+from sharded_adopt.sharding.layout import Segment
+from sharded_adopt.sharding.plan import StateCost
 
 OptimizerClass = Callable[..., Optimizer]
 
@@ -197,21 +198,35 @@ class InnerOptimizer:
         """A state dict of another class for the same rule in this class's own words."""
         return foreign.translate(state_dict) if isinstance(self._template, ADOPT) else state_dict
 
-    def state_nbytes_per_element(self, layout: Layout) -> dict[str, int]:
-        """For each dtype of parameters, the bytes of state that lie in flat tensors for one element."""
-        nbytes = dict.fromkeys((bucket.key.dtype for bucket in layout.buckets), 0)
-        first = {bucket.key.dtype: index for index, bucket in reversed(list(enumerate(layout.buckets)))}
-        for index, _, dtype in self._flat:
-            key = layout.buckets[index].key.dtype
-            if first[key] == index:
-                nbytes[key] += dtype.itemsize
-        return nbytes
+    def state_cost(self, group: int, dtype: torch.dtype, device: torch.device) -> StateCost:
+        """What the class keeps for a segment of `dtype` in a group."""
+        return state_cost(self._class, self._defaults, self.groups[group], dtype, device)
 
     def step(self, bucket: int) -> None:
         """Update every segment of `bucket` whose `.grad` is set. Hooks on steps have run for the optimizer outside."""
-        optimizer = self._buckets[bucket]
-        step = type(optimizer).step
-        getattr(step, "__wrapped__", step)(optimizer)
+        _step_without_hooks(self._buckets[bucket])
+
+
+def _step_without_hooks(optimizer: Optimizer) -> None:
+    step = type(optimizer).step
+    getattr(step, "__wrapped__", step)(optimizer)
+
+
+def state_cost(
+    optimizer_class: OptimizerClass,
+    defaults: Mapping[str, Any],
+    options: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StateCost:
+    """What `optimizer_class` keeps for a parameter of `dtype`, seen in one step of two elements with no gradient."""
+    probe = torch.zeros(2, dtype=dtype, device=device)
+    probe.grad = torch.zeros_like(probe)
+    optimizer = optimizer_class([{**options, "params": [probe]}], **defaults)
+    _step_without_hooks(optimizer)
+    tensors = {key: value for key, value in optimizer.state[probe].items() if isinstance(value, Tensor)}
+    of_element = {key: value.itemsize for key, value in tensors.items() if is_of_segment(value, probe)}
+    return StateCost(of_element, sum(value.nbytes for key, value in tensors.items() if key not in of_element))
 
 
 def without_params(group: Mapping[str, Any]) -> dict[str, Any]:

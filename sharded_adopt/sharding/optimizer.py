@@ -22,7 +22,7 @@ from sharded_adopt.sharding.agreement import require_same, require_same_layout
 from sharded_adopt.sharding.arguments import check_arguments
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
-from sharded_adopt.sharding.groups import Group, param_specs, read_groups, refuse_missing
+from sharded_adopt.sharding.groups import Group, param_specs, plain_dtype, read_groups, refuse_missing
 from sharded_adopt.sharding.handover import (
     HandedOver,
     carry_over_segments_,
@@ -35,8 +35,8 @@ from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_de
 from sharded_adopt.sharding.layout import Layout
 from sharded_adopt.sharding.norm import clip_factor, total_norm
 from sharded_adopt.sharding.parameters import ShardedParameters
-from sharded_adopt.sharding.plan import MemoryPlan, plan_memory
-from sharded_adopt.sharding.reducer import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT, GradientReducer
+from sharded_adopt.sharding.plan import EngineOptions, MemoryPlan, StateCost, plan_memory
+from sharded_adopt.sharding.reducer import GradientReducer
 from sharded_adopt.sharding.state import ShardedState, by_index, require_form
 from sharded_adopt.sharding.watch import ModuleWatch, module_of
 
@@ -110,7 +110,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._built = False
         self._reduces = reduce_gradients
-        self._reduce_dtype, self._gather_dtype = reduce_dtype, gather_dtype
         self._keeps_gradients = reduce_gradients and not shard_gradients
         self._collectives = Collectives(process_group, timeout)
         watched = module_of(params) if module is None else module  # before `params` is used up
@@ -140,6 +139,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         self._bucket_cap_nbytes = max(1, int(bucket_cap_mb * 2**20))
         self._inner = InnerOptimizer(optimizer_class, defaults, [group.options for group in groups])
+        self._plan_options = EngineOptions(
+            shards_gradients=shard_gradients,
+            reduces_gradients=reduce_gradients,
+            keeps_main=main_params != "none",
+            reduce_dtype=plain_dtype(reduce_dtype),
+            gather_dtype=plain_dtype(gather_dtype),
+            overlaps=overlap_grad_reduce,
+            exchanges=self._collectives.exchanges,
+        )
         self._parameters = ShardedParameters(
             self._collectives, keeps_main=main_params != "none", wire_dtype=gather_dtype
         )
@@ -230,8 +238,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._inner.step(bucket)
                 self._parameters.round_main(bucket)
                 under_way.append(self._parameters.gather_bucket(bucket))
-                if self._gather_dtype is not None and len(under_way) > MAX_KEPT_IN_FLIGHT:
-                    under_way.pop(0).wait()  # it holds a copy of its bucket until then
             for index in present:
                 # A view: kept, it would keep a gradient alive that the user drops.
                 self._parameters.segments[index].grad = None
@@ -511,16 +517,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def memory_plan(self) -> MemoryPlan:
         """Bytes that this optimizer holds on this rank, and sends in a step."""
-        return plan_memory(
-            self.layout,
-            self._inner.state_nbytes_per_element(self.layout),
-            keeps_main=self._parameters.keeps_main,
-            reduce_itemsize=None if self._reduce_dtype is None else self._reduce_dtype.itemsize,
-            gather_itemsize=None if self._gather_dtype is None else self._gather_dtype.itemsize,
-            reduces_gradients=self._reduces,
-            shards_gradients=self._reduces and not self._keeps_gradients,
-            buckets_in_flight=MAX_KEPT_IN_FLIGHT if self._keeps_gradients else MAX_FREED_IN_FLIGHT,
-        )
+        costs: dict[tuple[int, str], StateCost] = {}
+        for spec, segment in zip(self.layout.params, self._parameters.segments, strict=True):
+            if (spec.group, spec.key.dtype) not in costs:
+                cost = self._inner.state_cost(spec.group, segment.dtype, segment.device)
+                costs[spec.group, spec.key.dtype] = cost
+        return plan_memory(self.layout, costs, self._plan_options, self._collectives.rank)
 
     def local_shards(self) -> dict[str, dict[str, Tensor]]:
         """The live memory of this rank, by parameter name; no collective.

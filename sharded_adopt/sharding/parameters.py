@@ -10,6 +10,7 @@ from torch import Tensor
 from sharded_adopt.sharding.buckets import BucketBuffer, view_like
 from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.layout import Layout
+from sharded_adopt.sharding.plan import MAX_COPIES_IN_FLIGHT
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -42,6 +43,7 @@ class ShardedParameters:
         self.buffers: list[BucketBuffer] = []
         self._views: list[Tensor] = []
         self._bucket_of: dict[int, int] = {}
+        self._copies: list[Pending] = []  # fetched in another dtype, each with a borrowed copy of its bucket
 
     def add(self, layout: Layout, tensors: Sequence[Tensor], with_grads: bool, broadcast: bool) -> None:
         """Bind the parameters that `layout` holds behind the known ones.
@@ -61,8 +63,9 @@ class ShardedParameters:
             shard = buffer.params[buffer.shard]
             if self.keeps_main and shard.dtype in SIXTEEN_BIT:
                 self._main[index] = shard.float()
-            elif self._travels_as(index) is not None:
+            elif (wire := self._travels_as(index)) is not None:
                 self._main[index] = shard.clone()
+                self._group.announce(bucket.padded_numel, shard.dtype, shard.device, wire)
         first = len(self.segments)
         places = {p.param: (index, p.start) for index, b in enumerate(layout.buckets) for p in b.placements}
         for segment in layout.segments(self._group.rank)[first:]:
@@ -127,11 +130,17 @@ class ShardedParameters:
 
     def gather_bucket(self, bucket: int) -> Pending:
         """Start to fetch every rank's shard of one bucket. Collective; in the same order on every rank."""
-        what = f"the parameters of bucket {bucket}"
-        return self._group.all_gather_(self.buffers[bucket].params, bucket, self._travels_as(bucket), what)
+        wire, what = self._travels_as(bucket), f"the parameters of bucket {bucket}"
+        if wire is not None and len(self._copies) == MAX_COPIES_IN_FLIGHT:
+            self._copies.pop(0).wait()
+        pending = self._group.all_gather_(self.buffers[bucket].params, bucket, wire, what)
+        if wire is not None:
+            self._copies.append(pending)
+        return pending
 
     def gather(self) -> None:
         """Make every parameter whole again from the shards of its owners. Collective."""
+        self._copies.clear()  # after an error, what was under way will never come
         for bucket in range(len(self.buffers)):
             self.round_main(bucket)
         for pending in [self.gather_bucket(bucket) for bucket in range(len(self.buffers))]:

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from sharded_adopt.sharding.layout import Layout
+from sharded_adopt.sharding.layout import Bucket, Layout
+
+# A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory. Freed gradients
+# are in flight one bucket at a time, so that with the one that fills there are never more than three buckets' worth.
+MAX_KEPT_IN_FLIGHT, MAX_FREED_IN_FLIGHT = 2, 1
+# What is fetched in a narrower dtype holds a copy of its bucket until it is there.
+MAX_COPIES_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """A dtype as integers see it; `itemsize` in bytes."""
+
+    name: str
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateCost:
+    """What an optimizer keeps for one parameter: bytes of each element by the name of the entry, and of counters."""
+
+    of_element: Mapping[str, int]
+    counters: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The arguments of the engine that change bytes, as `ShardedOptimizer` takes them.
+
+    `keeps_main`: fp32 values beside 16-bit parameters. `exchanges`: gradients are exchanged point to point, as on gloo,
+    and what arrives needs memory; NCCL reduces in place.
+    """
+
+    shards_gradients: bool = False
+    reduces_gradients: bool = True
+    keeps_main: bool = True
+    reduce_dtype: Dtype | None = None
+    gather_dtype: Dtype | None = None
+    overlaps: bool = True
+    exchanges: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,10 +52,11 @@ class MemoryPlan:
     """Bytes on one rank, and bytes that one rank sends for each step.
 
     `parameters`: the flat buffers that all parameters are views of. `gradients`: what is kept of them between backward
-    and step: whole flat buffers, this rank's shards of them, or 0 where somebody else keeps them. `state`: this rank's
-    shard of the optimizer state. `main_parameters`: its fp32 values of 16-bit parameters. `in_flight`: what other
-    ranks sent for the buckets under way, at most. `sent_gradients`, `sent_parameters`: on the wire, in a step in
-    which every parameter has a gradient.
+    and step: whole flat buffers, this rank's shards of them, or whole tensors that somebody else averages. `state`:
+    this rank's shard of the optimizer state, and the counters of all parameters. `main_parameters`: its fp32 values of
+    16-bit parameters. `in_flight`: buffers for the buckets under way, borrowed within a step and kept for the next.
+    `largest_gradient`: what autograd makes before it is in its bucket. `sent_gradients`, `sent_parameters`: on the
+    wire, in a step in which every parameter has a gradient.
     """
 
     world_size: int
@@ -24,13 +65,19 @@ class MemoryPlan:
     state: int
     main_parameters: int
     in_flight: int
+    largest_gradient: int
     sent_gradients: int
     sent_parameters: int
 
     @property
     def resident(self) -> int:
         """Bytes held between steps."""
-        return self.parameters + self.gradients + self.state + self.main_parameters
+        return self.parameters + self.gradients + self.state + self.main_parameters + self.in_flight
+
+    @property
+    def peak(self) -> int:
+        """Bytes held at most, activations and what the model computes with left out."""
+        return self.resident + self.largest_gradient
 
     @property
     def sent(self) -> int:
@@ -38,46 +85,118 @@ class MemoryPlan:
         return self.sent_gradients + self.sent_parameters
 
 
-def plan_memory(
-    layout: Layout,
-    state_nbytes_per_element: dict[str, int],
-    keeps_main: bool,
-    reduce_itemsize: int | None,
-    gather_itemsize: int | None,
-    reduces_gradients: bool,
-    shards_gradients: bool,
-    buckets_in_flight: int,
-) -> MemoryPlan:
-    """Add up what `layout` needs.
+@dataclass(slots=True)
+class _Pool:
+    """Borrowed tensors of one dtype: all as large as the largest, and as many as are ever out together."""
 
-    `state_nbytes_per_element`: for each dtype of parameters, the bytes of state of one element (8 for fp32 ADOPT).
-    `keeps_main`: fp32 values beside 16-bit parameters. `reduce_itemsize`, `gather_itemsize`: bytes of an element on the
-    wire, where they are not those of the parameters.
+    itemsize: int
+    numel: int = 0
+    users: dict[str, list[int]] = field(default_factory=dict)  # how many are out at most, how many buckets ask
+
+    def ask(self, user: str, numel: int, at_once: int) -> None:
+        self.numel = max(self.numel, numel)
+        asked = self.users.setdefault(user, [at_once, 0])
+        asked[1] += 1
+
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize * sum(min(at_once, buckets) for at_once, buckets in self.users.values())
+
+
+def plan_memory(
+    layout: Layout, state: Mapping[tuple[int, str], StateCost], options: EngineOptions, rank: int = 0
+) -> MemoryPlan:
+    """Add up what `layout` needs on `rank`.
+
+    `state`: what the optimizer keeps for a parameter, by its group and the name of its dtype.
     """
     others = layout.world_size - 1
     itemsize = {param.key.dtype: param.itemsize for param in layout.params}
-    parameters = gradients = state = main = sent_gradients = sent_parameters = 0
-    arriving: list[int] = []
+    parameters = gradients = held = main = sent_gradients = sent_parameters = 0
+    pools: dict[tuple[str, str], _Pool] = {}
     for bucket in layout.buckets:
-        size = itemsize[bucket.key.dtype]
-        is_complex = bucket.key.dtype.startswith("complex")
-        reduced = size if reduce_itemsize is None or is_complex else reduce_itemsize
-        narrows = gather_itemsize is not None and gather_itemsize < size and not is_complex
-        parameters += bucket.padded_numel * size
-        gradients += (bucket.shard_numel if shards_gradients else bucket.padded_numel) * size
-        state += bucket.shard_numel * state_nbytes_per_element[bucket.key.dtype]
-        main += bucket.shard_numel * (4 if size == 2 and keeps_main else size if narrows else 0)
-        sent_gradients += bucket.shard_numel * reduced * others
-        sent_parameters += bucket.shard_numel * (gather_itemsize if narrows and gather_itemsize else size) * others
-        copied = bucket.padded_numel * reduced if reduced != size else 0
-        arriving.append(bucket.shard_numel * reduced * others + copied)
+        dtype = Dtype(bucket.key.dtype, itemsize[bucket.key.dtype])
+        reduced = _wire(dtype, options.reduce_dtype)
+        gathered = _narrower(dtype, options.gather_dtype)
+        parameters += bucket.padded_numel * dtype.itemsize
+        gradients += _gradient_numel(bucket, options) * dtype.itemsize
+        costs = {(p.group, p.key.dtype): p for p in (layout.params[one.param] for one in bucket.placements)}
+        entries = {entry for key in costs for entry in state[key].of_element.items()}
+        held += bucket.shard_numel * sum(nbytes for _, nbytes in entries)
+        narrows = gathered is not dtype
+        main += bucket.shard_numel * (4 if _is_16_bit(dtype) and options.keeps_main else narrows * dtype.itemsize)
+        sent_parameters += bucket.shard_numel * others * gathered.itemsize
+        if options.reduces_gradients:
+            sent_gradients += _sent_numel(bucket, options, rank, layout.world_size) * reduced.itemsize
+            _ask_for_gradients(pools, bucket, dtype, reduced, options, others)
+        if narrows and others:
+            pool = pools.setdefault(("wire", gathered.name), _Pool(gathered.itemsize))
+            pool.ask("gather", bucket.padded_numel, MAX_COPIES_IN_FLIGHT)
     return MemoryPlan(
         world_size=layout.world_size,
         parameters=parameters,
-        gradients=gradients if reduces_gradients else 0,
-        state=state,
+        gradients=gradients,
+        state=held + sum(state[param.group, param.key.dtype].counters for param in layout.params),
         main_parameters=main,
-        in_flight=sum(sorted(arriving, reverse=True)[:buckets_in_flight]) if reduces_gradients else 0,
-        sent_gradients=sent_gradients if reduces_gradients else 0,
+        in_flight=sum(pool.nbytes() for pool in pools.values()),
+        largest_gradient=max((param.numel * param.itemsize for param in layout.params), default=0),
+        sent_gradients=sent_gradients,
         sent_parameters=sent_parameters,
     )
+
+
+def segment_dtype(dtype: Dtype, options: EngineOptions) -> Dtype:
+    """What the optimizer sees of a parameter of `dtype`: its main values where they are kept."""
+    return Dtype("float32", 4) if _is_16_bit(dtype) and options.keeps_main else dtype
+
+
+def _is_16_bit(dtype: Dtype) -> bool:
+    return dtype.itemsize == 2
+
+
+def _wire(dtype: Dtype, wanted: Dtype | None) -> Dtype:
+    return dtype if wanted is None or dtype.name.startswith("complex") else wanted
+
+
+def _narrower(dtype: Dtype, wanted: Dtype | None) -> Dtype:
+    wire = _wire(dtype, wanted)
+    return wire if wire.itemsize < dtype.itemsize else dtype
+
+
+def _is_borrowed(bucket: Bucket, options: EngineOptions) -> bool:
+    # A freed bucket of one parameter travels in the memory of its gradient.
+    return options.shards_gradients and len(bucket.placements) > 1
+
+
+def _gradient_numel(bucket: Bucket, options: EngineOptions) -> int:
+    if not options.reduces_gradients:
+        return sum(placement.numel for placement in bucket.placements)
+    return bucket.shard_numel if options.shards_gradients else bucket.padded_numel
+
+
+def _sent_numel(bucket: Bucket, options: EngineOptions, rank: int, world_size: int) -> int:
+    numel = bucket.padded_numel if not options.shards_gradients or _is_borrowed(bucket, options) else bucket.numel
+    start, stop = bucket.shard_range(rank)
+    return numel - max(0, min(stop, numel) - start) if world_size > 1 else 0
+
+
+def _ask_for_gradients(
+    pools: dict[tuple[str, str], _Pool],
+    bucket: Bucket,
+    dtype: Dtype,
+    reduced: Dtype,
+    options: EngineOptions,
+    others: int,
+) -> None:
+    if _is_borrowed(bucket, options):
+        # One that fills, and one that is under way.
+        pool = pools.setdefault(("flat", dtype.name), _Pool(dtype.itemsize))
+        pool.ask("flat", bucket.padded_numel, MAX_FREED_IN_FLIGHT + options.overlaps)
+    if not others:
+        return
+    at_once = MAX_FREED_IN_FLIGHT if options.shards_gradients else MAX_KEPT_IN_FLIGHT
+    pool = pools.setdefault(("wire", reduced.name), _Pool(reduced.itemsize))
+    if options.exchanges:
+        pool.ask("arrived", bucket.shard_numel * others, at_once)
+    is_uneven = options.shards_gradients and bucket.numel != bucket.padded_numel and len(bucket.placements) == 1
+    if reduced != dtype or (is_uneven and not options.exchanges):
+        pool.ask("copy", bucket.padded_numel, at_once)

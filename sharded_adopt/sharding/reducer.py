@@ -23,12 +23,9 @@ from sharded_adopt.sharding.buckets import BucketBuffer
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import Verdict, are_one, both_ends
 from sharded_adopt.sharding.layout import Layout, Segment
+from sharded_adopt.sharding.plan import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT
 from sharded_adopt.sharding.reduction import BucketReduction
 from sharded_adopt.sharding.scratch import Scratch
-
-# A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory. Freed gradients
-# are in flight one bucket at a time, so that with the one that fills there are never more than three buckets' worth.
-MAX_KEPT_IN_FLIGHT, MAX_FREED_IN_FLIGHT = 2, 1
 
 
 class GradientReducer:
@@ -57,6 +54,10 @@ class GradientReducer:
         self._layout = layout
         for buffer in buffers[len(self._buckets) :]:
             bucket = BucketReduction(buffer, params, layout.params, self._errors, self._scratch, self._wire_dtype)
+            numel, dtype, device = buffer.bucket.padded_numel, buffer.params.dtype, buffer.params.device
+            self._group.announce(numel, dtype, device, self._wire_dtype)
+            if len(bucket.params) > 1:
+                self._scratch.announce(numel, dtype, device)
             self._buckets.append(bucket)
             self._of_param.update(dict.fromkeys(bucket.params, bucket))
         self._watch()

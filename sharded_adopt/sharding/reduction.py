@@ -9,7 +9,8 @@ reduced again with what came late, and the carried mean is added to the result.
 [Note: kept and freed gradients] Kept (ZeRO-1), every bucket has a flat buffer for ever, `param.grad` is a view of it,
 and the mean replaces this rank's slice. Freed (ZeRO-2), a bucket borrows a buffer from its first gradient until it is
 reduced, `param.grad` is None from then on, and the mean has memory of its own. There what the user drops can only be
-seen in the optimizer's `zero_grad`.
+seen in the optimizer's `zero_grad`. A bucket of one parameter borrows nothing: the memory of `param.grad` itself is
+sent, and only read. So a large parameter costs its gradient once, and all buffers are at most a bucket's cap.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class BucketReduction:
         self._strides = {p.param: params[p.param].stride() for p in buffer.bucket.placements}
         self._errors = errors
         self._scratch = scratch
+        self._is_alone = len(buffer.bucket.placements) == 1
         self.views: dict[int, Tensor] = {}
         self.flat: Tensor | None = None
         self.carry: Tensor | None = None
@@ -90,12 +92,16 @@ class BucketReduction:
         """The flat buffer, borrowed and zeroed where none is held."""
         if self.flat is not None:
             return self.flat
-        like = self.buffer.params
-        return self._use(self._scratch.take(self.buffer.bucket.padded_numel, like.dtype, like.device).zero_())
+        like, bucket = self.buffer.params, self.buffer.bucket
+        if self._is_alone:
+            # As long as the gradient that other ranks may have instead.
+            return self._use(like.new_zeros(bucket.numel))
+        return self._use(self._scratch.take(bucket.padded_numel, like.dtype, like.device).zero_())
 
     def _free(self) -> None:
         if not self.keeps and self.flat is not None:
-            self._scratch.give_back(self.flat)
+            if not self._is_alone:
+                self._scratch.give_back(self.flat)
             self.flat = None
             self.views.clear()
 
@@ -132,10 +138,16 @@ class BucketReduction:
         if grad.layout is not torch.strided:
             self._errors.append(sparse_gradient(spec.name, grad))
             return False
-        flat = self.opened()
-        if grad.dtype is not flat.dtype or grad.device != flat.device or grad.shape != self.views[index].shape:
+        like = self.buffer.params
+        if grad.dtype is not like.dtype or grad.device != like.device or tuple(grad.shape) != spec.shape:
             # The parameter was cast or moved; its values are checked, and the error raised, before the next step.
             return False
+        if self.flat is None and self._can_be_sent(grad, param):
+            self._use(grad.detach().as_strided((grad.numel(),), (1,)))
+            self.round.taken.add(index)
+            param.grad = None
+            return True
+        self.opened()
         if not self.keeps:
             view = self.views[index]
             view.add_(grad.detach()) if index in self.round.taken else view.copy_(grad.detach())
@@ -147,6 +159,10 @@ class BucketReduction:
             self.views[index].copy_(grad.detach())
             self._hand_out(index)
         return True
+
+    def _can_be_sent(self, grad: Tensor, param: Tensor) -> bool:
+        """Whether a freed bucket is this gradient and nothing else, in the order of the parameter's elements."""
+        return self._is_alone and grad.stride() == param.stride() and not (grad.is_conj() or grad.is_neg())
 
     def _is_in_place(self, index: int) -> bool:
         """Whether `param.grad` is the view of the kept buffer."""
@@ -170,7 +186,8 @@ class BucketReduction:
         """Carry the mean, except of the parameters `without`, and empty the bucket."""
         self.carry = self.mean.clone()
         self.forget_carried(without)
-        self.opened().zero_()
+        if self.flat is not None:
+            self.flat.zero_()
 
     def forget_carried(self, indices: Sequence[int]) -> None:
         """Take the parameters `indices` out of the carried mean."""
@@ -198,22 +215,22 @@ class BucketReduction:
         """Start to reduce the bucket with what it holds; parameters without a gradient count as zero."""
         if self.holds_step:
             self.reuse()
-        self.opened()
         for index in self.params:
             if self.collect(index):
                 self.round.first.add(index)
             else:
                 self.forget_carried([index])
-                self.views[index].zero_()
+                if self.flat is not None:
+                    self.views[index].zero_()
         self.start(group, again=False)
 
     def start(self, group: Collectives, again: bool) -> None:
         """Send what the bucket holds; `again` tells the second time in a round from the first."""
         flat = self.opened()
         self.round.launched = True
-        self.pending = group.reduce_scatter_mean_(
-            flat, 2 * self.buffer.index + again, self._wire_dtype, f"the gradients of bucket {self.buffer.index}"
-        )
+        tag, what = 2 * self.buffer.index + again, f"the gradients of bucket {self.buffer.index}"
+        out = None if self.keeps else self.mean
+        self.pending = group.reduce_scatter_mean_(flat, tag, self._wire_dtype, what, out)
         self.version = flat._version
 
     def check_untouched(self) -> None:
@@ -235,12 +252,9 @@ class BucketReduction:
         if self.pending is None:
             return
         self.check_untouched()
-        flat = self.opened()
         self.pending.wait()
         self.pending = None
-        if not self.keeps:
-            self.mean.copy_(flat[self.buffer.shard])
-            self._free()
+        self._free()
         if self.carry is not None:
             self.mean.add_(self.carry)
             self.carry = None
