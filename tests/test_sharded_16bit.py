@@ -145,8 +145,9 @@ def resumed(rank: int, world_size: int, how: str, directory: str) -> None:
         train(model, optimizer, rank, range(4, STEPS))
         checkpoint.load(directory, optimizer=other, model=again)
     else:
+        whole = optimizer.full_state_dict(rank0_only=False, main_values=True)
         buffer = io.BytesIO()
-        torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+        torch.save([model.state_dict(), optimizer.state_dict() if how == "state dict" else whole], buffer)
         buffer.seek(0)
         weights, state = torch.load(buffer, weights_only=True)
         train(model, optimizer, rank, range(4, STEPS))
@@ -159,10 +160,35 @@ def resumed(rank: int, world_size: int, how: str, directory: str) -> None:
         assert all(torch.equal(tensor, other.local_shards()[name][key]) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "state dict"])
+@pytest.mark.parametrize("how", ["checkpoint", "state dict", "full state dict"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_main_values_survive_a_resume_bit_for_bit(world_size: int, how: str, tmp_path: Path) -> None:
     run_ranks(world_size, resumed, how, str(tmp_path))
+
+
+def full_state(rank: int, world_size: int) -> list[dict[str, Any]]:
+    model, optimizer = make(rank, torch.bfloat16)
+    train(model, optimizer, rank, range(4))
+    return [optimizer.full_state_dict(main_values=main_values) for main_values in (False, True)]
+
+
+def test_an_unsharded_optimizer_passes_main_values_over() -> None:
+    without, with_main = run_ranks(2, full_state)[0]
+    assert [set(state) for state in with_main["state"].values()] == [
+        {"step", "exp_avg", "exp_avg_sq", "main_param"},
+        {"step", "exp_avg", "exp_avg_sq"},
+        {"step", "exp_avg", "exp_avg_sq", "main_param"},
+        {"step", "exp_avg", "exp_avg_sq"},
+    ]
+    stepped = []
+    for state in (without, with_main):
+        model = Mixed(torch.bfloat16)
+        optimizer = ADOPT(model.parameters())
+        optimizer.load_state_dict(state)
+        model(data(4, 0)).backward()
+        optimizer.step()
+        stepped.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*stepped, strict=True))
 
 
 def save_here(rank: int, world_size: int, directory: str) -> list[Tensor]:

@@ -4,7 +4,8 @@
 transformers, accelerate and Lightning save `optimizer.state_dict()` of one process, and load that file in every
 process. The state dict of a sharded optimizer holds that process's shards, so the file would lack all others: loading
 it is refused, but by then the rest is lost. So each host's hook puts the whole state dict in its place. It is what the
-unsharded optimizer would have saved, so loading needs no hook, at any number of processes.
+unsharded optimizer would have saved (and the main values of 16-bit parameters), so loading needs no hook, at any
+number of processes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def write_full_state(optimizer: ShardedOptimizer, path: Path, *, everywhere: boo
     `writes` says whether this process does: rank 0 only, or any with `everywhere`. The file is replaced at once by
     `os.replace`. When the call returns, it is there for every rank. Raises on every rank what went wrong on one.
     """
-    whole = optimizer.full_state_dict(rank0_only=not everywhere)
+    whole = optimizer.full_state_dict(rank0_only=not everywhere, main_values=True)
     error: Exception | None = None
     if writes:
         try:

@@ -29,4 +29,4 @@ class AdoptCallback(Callback):  # type: ignore[misc]
         for number, optimizer in enumerate(trainer.optimizers):
             inner = innermost(optimizer)
             if isinstance(inner, ShardedOptimizer):
-                checkpoint["optimizer_states"][number] = inner.full_state_dict()
+                checkpoint["optimizer_states"][number] = inner.full_state_dict(main_values=True)

@@ -440,12 +440,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.update(plain)
         return packed
 
-    def full_state_dict(self, rank0_only: bool = True) -> dict[str, Any]:
+    def full_state_dict(self, rank0_only: bool = True, *, main_values: bool = False) -> dict[str, Any]:
         """What the unsharded optimizer's `state_dict()` would be, on the CPU; `{}` off rank 0 if `rank0_only`.
 
-        State lies whole in memory on the ranks that get it.
+        State lies whole in memory on the ranks that get it. With `main_values` it also holds `main_param`, the value in
+        fp32 of each parameter that has one; `load_state_dict` takes it, unsharded optimizers pass it over.
         """
-        whole = self._state.gather(everywhere=not rank0_only)
+        whole = self._state.gather(everywhere=not rank0_only, main_values=main_values)
         if rank0_only and self._collectives.rank != 0:
             return {}
         return {"state": whole, "param_groups": self.state_dict()["param_groups"]}

@@ -72,24 +72,26 @@ class ShardedState:
                 wrapped[key] = FlatShard(value, place.start, spec.shape, spec.dim_order)
         return wrapped
 
-    def gather(self, everywhere: bool) -> dict[int, StateOfParam]:
+    def gather(self, everywhere: bool, main_values: bool) -> dict[int, StateOfParam]:
         """Every parameter's whole state, on the first rank or on all; `{}` elsewhere. Collective.
 
-        Tensors lie on the CPU in the strides of their parameters; parameters without state are left out.
+        Tensors lie on the CPU in the strides of their parameters; parameters without state are left out. `main_values`:
+        with those, where they are kept.
         """
+        entries = self.sharded if main_values else self.of
         whole: dict[int, StateOfParam] = {}
         receives = everywhere or self._group.rank == 0
         for bucket in self._layout.buckets:
             members = [p.param for p in bucket.placements]
             for index in members:
-                scalars = {k: v for k, v in self.of(index).items() if not is_of_segment(v, self._segments[index])}
-                if receives and self.of(index):
+                scalars = {k: v for k, v in entries(index).items() if not is_of_segment(v, self._segments[index])}
+                if receives and entries(index):
                     whole[index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-            for key, dtype in self._flat_keys(members):
+            for key, dtype in self._flat_keys(map(entries, members), members):
                 flat = torch.zeros(bucket.shard_numel, dtype=dtype)
                 holders = []
                 for index in members:
-                    value, place = self.of(index).get(key), self.places[index]
+                    value, place = entries(index).get(key), self.places[index]
                     if value is not None and value.dtype is dtype:
                         holders.append(index)
                         flat[place.shard_start : place.shard_start + place.numel].copy_(value)
@@ -104,10 +106,10 @@ class ShardedState:
                         whole[placement.param][key] = unflatten_from_memory_order(elements, spec).clone()
         return dict(sorted(whole.items()))
 
-    def _flat_keys(self, members: Iterable[int]) -> list[tuple[str, torch.dtype]]:
+    def _flat_keys(self, entries: Iterable[StateOfParam], members: Iterable[int]) -> list[tuple[str, torch.dtype]]:
         found: dict[tuple[str, torch.dtype], None] = {}
-        for index in members:
-            for key, value in self.of(index).items():
+        for index, state in zip(members, entries, strict=True):
+            for key, value in state.items():
                 if is_of_segment(value, self._segments[index]):
                     found[key, value.dtype] = None
         return sorted(found, key=str)
