@@ -246,10 +246,16 @@ def under_deepspeed(rank: int, world_size: int, directory: Path, door: str) -> t
     handler.emit = lambda record: warned.append(record.getMessage())
     logging.getLogger("sharded_adopt").addHandler(handler)
     model = Net()
-    args = training_arguments(directory, deepspeed=DEEPSPEED)
+    config: dict[str, Any] = {**DEEPSPEED}
+    if door == "json":
+        torch.optim.ADOPT = ADOPT  # where DeepSpeed looks
+        config["optimizer"] = {"type": "ADOPT", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}}
+        config["zero_allow_untested_optimizer"] = True
+    args = training_arguments(directory, deepspeed=config)
     entry: dict[str, Any] = {
         "adopt_for": {"optimizer_cls_and_kwargs": adopt_for(args)},
         "optimizers": {"optimizers": (ADOPT(model.parameters(), lr=0.05), None)},
+        "json": {},
     }[door]
     trainer = Trainer(model, args, train_dataset=data(), callbacks=[AdoptCallback()], **entry)
     trainer.train()
@@ -270,3 +276,11 @@ def test_adopt_for_gives_deepspeed_an_unsharded_adopt(tmp_path: Path) -> None:
 def test_the_callback_catches_the_adamw_that_deepspeed_puts_in_place_of_an_instance(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"but torch\.optim\.adamw\.AdamW is what runs"):
         run_ranks(2, under_deepspeed, tmp_path, "optimizers")
+
+
+@needs_deepspeed
+def test_the_callback_warns_of_adams_constants_that_auto_fills_in(tmp_path: Path) -> None:
+    for name, warned in run_ranks(2, under_deepspeed, tmp_path, "json"):
+        assert name == "ADOPT"
+        assert len(warned) == 1
+        assert "eps=1e-08 and betas=(0.9, 0.999), which are Adam's" in warned[0]
