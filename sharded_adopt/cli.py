@@ -1,7 +1,8 @@
 """The `sharded-adopt` command: its parser, and the exit code of every error. The commands are in `commands/`.
 
-Exit codes: 0 good, 1 corrupt, 2 usage, 3 none found, 4 does not fit, 5 input or output failed. With `--json` the result
-is one JSON value on the standard output, an error being `{"error": …, "message": …}`; without it, a table.
+Exit codes: 0 good, 1 corrupt, 2 usage, 3 none found, 4 does not fit this program, 5 input or output failed, 6 too large
+for the device. With `--json` the result is one JSON value on the standard output, an error being
+`{"error": …, "message": …}`; without it, a table.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from sharded_adopt import __version__
-from sharded_adopt.commands import CORRUPT, IO_FAILED, MISMATCH, NOT_FOUND, USAGE, ckpt, doctor
+from sharded_adopt.commands import CORRUPT, IO_FAILED, MISMATCH, NOT_FOUND, USAGE, ckpt, doctor, plan
 from sharded_adopt.commands.printing import print_json
 
 # In the order of `--help`.
-_COMMANDS = (ckpt, doctor)
+_COMMANDS = (plan, ckpt, doctor)
 # The exit code of each exception, by the name of its class: the classes come with torch, which `--help` must not load.
 _EXIT_CODES = {
     "CheckpointCorrupt": CORRUPT,
@@ -53,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sharded-adopt",
         description="ADOPT as a sharded optimizer: tools around it.",
-        epilog="exit codes: 0 good, 1 corrupt, 2 usage, 3 none found, 4 does not fit, 5 input or output failed",
+        epilog="exit codes: 0 good, 1 corrupt, 2 usage, 3 none found, 4 does not fit this program, "
+        "5 input or output failed, 6 too large for the device",
     )
     parser.add_argument("--version", action="version", version=f"sharded-adopt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

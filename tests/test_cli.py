@@ -219,7 +219,7 @@ def test_the_process_exits_with_the_codes_that_are_promised(
 def test_help_does_not_wait_for_torch() -> None:
     program = (
         "import sys; from sharded_adopt import cli\n"
-        "for command in ([], ['ckpt', 'ls'], ['doctor']):\n"
+        "for command in ([], ['plan'], ['ckpt', 'ls'], ['doctor']):\n"
         "    try: cli.main([*command, '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"

@@ -50,11 +50,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cap: int = CAP
 
     def make(self) -> tuple[Model, ShardedOptimizer]:
         model = Model(self.dtype)
         options = {"lr": 1e-3, **self.defaults, **self.engine}
-        return model, ShardedOptimizer(model.named_parameters(), self.cls, bucket_cap_mb=CAP / MIB, **options)
+        return model, ShardedOptimizer(model.named_parameters(), self.cls, bucket_cap_mb=self.cap / MIB, **options)
 
 
 FREED = {"shard_gradients": True}

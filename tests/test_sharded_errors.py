@@ -32,7 +32,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a module": (lambda: ShardedADOPT(linear), TypeError, r"pass its parameters\(\)"),
     "module of another kind": (lambda: ShardedADOPT([shared], module=3), TypeError, "module must be a torch.nn.Module"),
     "timeout": (lambda: ShardedADOPT([shared], timeout=-1), ValueError, "timeout must be a number of seconds"),
-    "bucket in words": (lambda: ShardedADOPT([shared], bucket_cap_mb="x"), ValueError, "must be positive, got 'x'"),
+    "bucket in words": (
+        lambda: ShardedADOPT([shared], bucket_cap_mb="x"),
+        ValueError,
+        "must be positive and finite, got 'x'",
+    ),
     "two groups": (
         lambda: ShardedADOPT([{"params": [("a", shared)]}, {"params": [("b", shared)]}]),
         ValueError,
@@ -61,7 +65,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad lr": (lambda: ShardedADOPT([shared], lr=-1.0), ValueError, "lr.*-1"),
     "bad lr in a group": (lambda: ShardedADOPT([{"params": [shared], "lr": -2.0}]), ValueError, "lr.*-2"),
     "unknown argument": (lambda: ShardedADOPT([shared], learning_rate=1.0), TypeError, "learning_rate"),
-    "bucket": (lambda: ShardedADOPT([shared], bucket_cap_mb=0), ValueError, "bucket_cap_mb must be positive, got 0"),
+    "bucket": (lambda: ShardedADOPT([shared], bucket_cap_mb=0), ValueError, "must be positive and finite, got 0"),
     "freed and given": (
         lambda: ShardedADOPT([shared], shard_gradients=True, reduce_gradients=False),
         ValueError,

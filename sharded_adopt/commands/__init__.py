@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
-GOOD, CORRUPT, USAGE, NOT_FOUND, MISMATCH, IO_FAILED = range(6)
+GOOD, CORRUPT, USAGE, NOT_FOUND, MISMATCH, IO_FAILED, TOO_LARGE = range(7)
 
 # Takes the parsed arguments, prints the result, returns the exit code.
 Run: TypeAlias = Callable[[argparse.Namespace], int]
@@ -35,7 +35,10 @@ def new_command(commands: Commands, name: str, run: Run, about: str) -> argparse
 
 def positive(text: str) -> int:
     """The type of an argument that is a whole number of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value

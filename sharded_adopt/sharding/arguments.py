@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ def check_arguments(
     for name, (value, built) in unbuilt.items():
         if value != built:
             raise NotImplementedError(f"{name}={value!r} is not built yet: leave it at {built!r}")
-    if isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, (int, float)) or not bucket_cap_mb > 0:
-        raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb!r}")
+    if (
+        isinstance(bucket_cap_mb, bool)
+        or not isinstance(bucket_cap_mb, (int, float))
+        or not 0 < bucket_cap_mb < math.inf
+    ):
+        raise ValueError(f"bucket_cap_mb must be positive and finite, got {bucket_cap_mb!r}")
     if shard_gradients and not reduce_gradients:
         raise ValueError(
             "shard_gradients=True frees what this optimizer has reduced, but with reduce_gradients=False it reduces "

@@ -55,8 +55,9 @@ class MemoryPlan:
     and step: whole flat buffers, this rank's shards of them, or whole tensors that somebody else averages. `state`:
     this rank's shard of the optimizer state, and the counters of all parameters. `main_parameters`: its fp32 values of
     16-bit parameters. `in_flight`: buffers for the buckets under way, borrowed within a step and kept for the next.
-    `largest_gradient`: what autograd makes before it is in its bucket. `sent_gradients`, `sent_parameters`: on the
-    wire, in a step in which every parameter has a gradient.
+    `largest_gradient`: what autograd makes before it is in its bucket. `accumulated`: with `shard_gradients`, the whole
+    gradients that wait in `param.grad` where backward runs more than once before a step; else they add up in place.
+    `sent_gradients`, `sent_parameters`: on the wire, in a step in which every parameter has a gradient.
     """
 
     world_size: int
@@ -66,6 +67,7 @@ class MemoryPlan:
     main_parameters: int
     in_flight: int
     largest_gradient: int
+    accumulated: int
     sent_gradients: int
     sent_parameters: int
 
@@ -76,8 +78,13 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes held at most, activations and what the model computes with left out."""
+        """Bytes held at most, with one backward a step; activations and what the model computes with are left out."""
         return self.resident + self.largest_gradient
+
+    @property
+    def peak_accumulating(self) -> int:
+        """The same with several backwards a step, under `no_sync()` or not."""
+        return self.peak + self.accumulated
 
     @property
     def sent(self) -> int:
@@ -131,6 +138,7 @@ def plan_memory(
         if narrows and others:
             pool = pools.setdefault(("wire", gathered.name), _Pool(gathered.itemsize))
             pool.ask("gather", bucket.padded_numel, MAX_COPIES_IN_FLIGHT)
+    whole = [param.numel * param.itemsize for param in layout.params]
     return MemoryPlan(
         world_size=layout.world_size,
         parameters=parameters,
@@ -138,7 +146,8 @@ def plan_memory(
         state=held + sum(state[param.group, param.key.dtype].counters for param in layout.params),
         main_parameters=main,
         in_flight=sum(pool.nbytes() for pool in pools.values()),
-        largest_gradient=max((param.numel * param.itemsize for param in layout.params), default=0),
+        largest_gradient=max(whole, default=0),
+        accumulated=sum(whole) if options.shards_gradients else 0,
         sent_gradients=sent_gradients,
         sent_parameters=sent_parameters,
     )
