@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import json
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,12 @@ from torch import Tensor
 from sharded_adopt.sharding.scratch import Scratch
 
 __all__ = ["Collectives", "Pending", "RankLost", "RanksDisagree"]
+
+
+# [Note: one method at a time] A collective method that one rank calls and another does not would pair messages that
+# have nothing to do with each other. So each names itself in `Collectives.about`, and every exchange of decisions
+# carries the name. One that is short carries its data along.
+_ABOUT_NBYTES, _SHORT_NBYTES = 56, 64
 
 
 class RanksDisagree(ValueError):
@@ -52,8 +59,12 @@ class Collectives:
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float | None = None) -> None:
         self.process_group = process_group
+        # The method that this rank is in; see [Note: one method at a time].
+        self.about = "construction"
+        error: Exception | None = None
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
-            raise ValueError(f"timeout must be a number of seconds above 0 or None, got {timeout!r}")
+            # Raised once there is a group to tell the other ranks on.
+            error, timeout = ValueError(f"timeout must be a number of seconds above 0 or None, got {timeout!r}"), None
         self._timedelta = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._data: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
@@ -64,6 +75,7 @@ class Collectives:
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             self.rank, self.world_size = 0, 1
             self.global_ranks = [0]
+            self.raise_together(error)
             return
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
@@ -71,6 +83,7 @@ class Collectives:
             raise ValueError(f"this process (rank {dist.get_rank()}) is not a member of the process group it was given")
         self.global_ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         self._open()
+        self.raise_together(error)
 
     def _open(self) -> None:
         if self.world_size == 1:
@@ -234,30 +247,50 @@ class Collectives:
         try:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
         except RuntimeError as error:
-            raise _lost(f"rank {self.rank} waits for the others' word on this step", error) from error
+            raise self._without_word(error) from error
 
-    def all_gather_scalar(self, scalar: Tensor) -> list[Tensor]:
-        """Every rank's 0-dim tensor (on the CPU), by rank."""
-        parts = self.gather(scalar.reshape(1), everywhere=True)
-        assert parts is not None
-        return [part[0] for part in parts]
+    def all_gather_number(self, number: float) -> list[float]:
+        """Every rank's `number`, by rank."""
+        return [struct.unpack("d", data)[0] for data in self.all_gather_bytes(struct.pack("d", number))]
 
     # --- plain data ------------------------------------------------------------------------------------------------
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """Every rank's `data`, by rank. Lengths may differ; nothing is pickled."""
+        """Every rank's `data`, by rank. Lengths may differ; nothing is pickled.
+
+        Raises `RanksDisagree` on every rank where they are in different methods.
+        """
         if self.world_size == 1:
             return [data]
-        length = torch.tensor([len(data)], dtype=torch.int64)
-        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
-        dist.all_gather(lengths, length, group=self._control)
-        longest = max(int(one) for one in lengths)
-        if longest == 0:
-            return [b""] * self.world_size
-        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
-        found = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(found, padded, group=self._control)
-        return [ctypes.string_at(one.data_ptr(), int(n)) for one, n in zip(found, lengths, strict=True)]
+        about = self.about.encode()[:_ABOUT_NBYTES].ljust(_ABOUT_NBYTES, b"\0")
+        head = about + len(data).to_bytes(8, "little") + data[:_SHORT_NBYTES].ljust(_SHORT_NBYTES, b"\0")
+        heads = self._all_gather_equal(head)
+        places = [head[:_ABOUT_NBYTES].rstrip(b"\0").decode(errors="replace") for head in heads]
+        for rank, place in enumerate(places):
+            if place != places[0]:
+                raise RanksDisagree(
+                    f"rank 0 is in {places[0]} and rank {rank} in {place}: every rank must call the same methods in "
+                    "the same order"
+                )
+        rest = [head[_ABOUT_NBYTES:] for head in heads]
+        lengths = [int.from_bytes(one[:8], "little") for one in rest]
+        longest = max(lengths)
+        found = [one[8:] for one in rest] if longest <= _SHORT_NBYTES else self._all_gather_equal(data.ljust(longest))
+        return [one[:length] for one, length in zip(found, lengths, strict=True)]
+
+    def _all_gather_equal(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank; it must be of one length everywhere."""
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        try:
+            dist.all_gather(found, own, group=self._control)
+        except RuntimeError as error:
+            raise self._without_word(error) from error
+        return [ctypes.string_at(one.data_ptr(), len(data)) for one in found]
+
+    def _without_word(self, error: RuntimeError) -> RankLost:
+        others = ", ".join(str(rank) for rank in range(self.world_size) if rank != self.rank)
+        return _lost(f"rank {self.rank} is in {self.about} and waits for the word of rank {others}", error)
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's `value`, by rank; it must be JSON."""

@@ -20,7 +20,8 @@ def total_norm(parts: Sequence[Tensor], norm_type: float, group: Collectives) ->
         for part in parts
         if part.numel()
     ]
-    return _combined(group.all_gather_scalar(_combined(norms, norm_type)), norm_type)
+    everyone = group.all_gather_number(float(_combined(norms, norm_type)))
+    return _combined([torch.tensor(one, dtype=torch.float64) for one in everyone], norm_type)
 
 
 def clip_factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         **defaults: Any,
     ) -> None:
         self._built = False
+        self._is_halfway = False  # some buckets may be updated and others not
         self._reduces = reduce_gradients
         self._keeps_gradients = reduce_gradients and not shard_gradients
         self._collectives = Collectives(process_group, timeout)
@@ -214,7 +215,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._inner.set_groups(self.param_groups)
-        verdict = self._agree()
+        verdict = self._agree("step")
         is_dummy = self._nothing_stepped and verdict.any_nonzero is False
         if verdict.present and not is_dummy:
             self._nothing_stepped = False
@@ -227,6 +228,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _update(self, verdict: Verdict) -> None:
         """Bucket by bucket: wait for its gradients, step its segments, send them off; then wait for the others'."""
         under_way = []
+        self._is_halfway = True
         for bucket, members in enumerate(self._state.members):
             self._gradients.finish(bucket)
             present = [index for index in members if index in verdict.present]
@@ -243,6 +245,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._parameters.segments[index].grad = None
         for pending in under_way:
             pending.wait()
+        self._is_halfway = False
         self._parameters.mark_written(verdict.present)
         if not self._inner.makes_state_early:
             self._mirror_state()
@@ -253,14 +256,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         `step` does it by itself; call it to read or edit gradients before. Raises on every rank what went wrong with a
         gradient on any.
         """
-        verdict = self._agree()
+        return self._synchronize("synchronize_gradients")
+
+    def _synchronize(self, about: str) -> Verdict:
+        verdict = self._agree(about)
         self._gradients.finish_all()
         return verdict
 
-    def _agree(self) -> Verdict:
-        """Exchange what happened since the last step, and see that the hyperparameters are the same on all ranks."""
+    def _agree(self, about: str) -> Verdict:
+        """Exchange what happened since the last step; see that all ranks are in `about`, with equal hyperparameters."""
+        self._collectives.about = about
         problem = self._watch.problem() or self._parameters.rebind()
-        digest = zlib.crc32(repr(summary_of_groups(self.param_groups)).encode()).to_bytes(4, "big")
+        digest = zlib.crc32(repr((about, summary_of_groups(self.param_groups))).encode()).to_bytes(4, "big")
         verdict = self._gradients.agree(self._nothing_stepped, problem, digest)
         if not verdict.digests_agree:
             require_same_layout(self._collectives, self.layout, [comparable(group) for group in self.param_groups])
@@ -280,7 +287,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm_type = float(norm_type)
         if not float(max_norm) >= 0:
             raise ValueError(f"max_norm must be at least 0, got {float(max_norm)}")
-        verdict = self.synchronize_gradients()
+        verdict = self._synchronize("clip_grad_norm_")
         parts = [self._gradients.segment_grad(place) for place in self._state.places if place.param in verdict.present]
         total = total_norm(parts, norm_type, self._collectives)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -306,14 +313,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "fp16 gradients cannot be unscaled in place, they would vanish: keep fp32 or bf16 parameters, and "
                 "compute in fp16 with torch.autocast"
             )
-        verdict = self.synchronize_gradients()
+        verdict = self._synchronize("unscale_gradients_")
         found_inf = torch.zeros(())
         for grad in self._gradients.grads(verdict):
             grad.mul_(inv_scale.to(device=grad.device))
             # The sum of zeros is zero, and of anything with an inf or a NaN in it is not.
             found_inf = torch.maximum(found_inf, (~torch.isfinite((grad * 0).sum())).float().cpu())
-        self._collectives.max_(found_inf)
-        return found_inf
+        return torch.tensor(max(self._collectives.all_gather_number(float(found_inf))))
 
     def skip_step(self) -> None:
         """Use up the gradients without a step: parameters, state and step counts stay. Not a collective."""
@@ -329,9 +335,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._gradients.no_sync()
 
     def reset(self) -> None:
-        """Go on after an error that was caught on every rank: new groups, no gradients left, whole parameters."""
+        """Go on after an error that was caught on every rank: new groups, no gradients left, whole parameters.
+
+        Collective. Parameters and state are those of before the step in which the error came. Raises `RuntimeError` on
+        every rank if any was already updating them: a checkpoint must be loaded then, and can be.
+        """
+        self._collectives.about = "reset"
         self._collectives.reopen()
         self._gradients.abandon()
+        error = None
+        if self._is_halfway:
+            self._is_halfway = False
+            error = RuntimeError(
+                "step() was left while parameters were being updated: some are from before it, some from after it. "
+                "Load a checkpoint into model and optimizer before going on"
+            )
+        self._collectives.raise_together(error)
         self._parameters.refresh_all_main()
         self._parameters.gather()
 
@@ -340,6 +359,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not self._built:
             super().add_param_group(param_group)
             return
+        self._collectives.about = "add_param_group"
         error: Exception | None = None
         groups: tuple[Group, ...] = ()
         before = len(self.param_groups)
@@ -446,6 +466,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         State lies whole in memory on the ranks that get it. With `main_values` it also holds `main_param`, the value in
         fp32 of each parameter that has one; `load_state_dict` takes it, unsharded optimizers pass it over.
         """
+        self._collectives.about = "full_state_dict"
+        call = {"rank0_only": bool(rank0_only), "main_values": bool(main_values)}
+        require_same(self._collectives, "the call of full_state_dict", call)
         whole = self._state.gather(everywhere=not rank0_only, main_values=main_values)
         if rank0_only and self._collectives.rank != 0:
             return {}
@@ -459,6 +482,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises `ValueError` on every rank naming what does not fit and both layouts.
         """
+        self._collectives.about = "load_state_dict"
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         error: Exception | None = None
