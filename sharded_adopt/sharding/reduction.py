@@ -142,7 +142,7 @@ class BucketReduction:
         if grad.dtype is not like.dtype or grad.device != like.device or tuple(grad.shape) != spec.shape:
             # The parameter was cast or moved; its values are checked, and the error raised, before the next step.
             return False
-        if self.flat is None and self._can_be_sent(grad, param):
+        if self.flat is None and self._can_be_sent(grad, index):
             self._use(grad.detach().as_strided((grad.numel(),), (1,)))
             self.round.taken.add(index)
             param.grad = None
@@ -160,9 +160,9 @@ class BucketReduction:
             self._hand_out(index)
         return True
 
-    def _can_be_sent(self, grad: Tensor, param: Tensor) -> bool:
+    def _can_be_sent(self, grad: Tensor, index: int) -> bool:
         """Whether a freed bucket is this gradient and nothing else, in the order of the parameter's elements."""
-        return self._is_alone and grad.stride() == param.stride() and not (grad.is_conj() or grad.is_neg())
+        return self._is_alone and grad.stride() == self._strides[index] and not (grad.is_conj() or grad.is_neg())
 
     def _is_in_place(self, index: int) -> bool:
         """Whether `param.grad` is the view of the kept buffer."""
