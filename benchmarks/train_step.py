@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -88,10 +90,13 @@ def _ddp(model: nn.Module, views: bool = False) -> DistributedDataParallel:
     return DistributedDataParallel(model, gradient_as_bucket_view=views)
 
 
-def _torch_adopt(params: Any, **options: Any) -> Any:
-    from adopt import ADOPT
+def _adopt_class() -> Any:
+    """The authors' class."""
+    return importlib.import_module("adopt").ADOPT
 
-    return ADOPT(params, lr=LR, **options)
+
+def _torch_adopt(params: Any, **options: Any) -> Any:
+    return _adopt_class()(params, lr=LR, **options)
 
 
 def _adamw(params: Any) -> Any:
@@ -109,12 +114,6 @@ def _zero(optimizer_class: Any, **options: Any) -> Callable[[], Variant]:
         return _variant(model, sharded)
 
     return make
-
-
-def _adopt_class() -> Any:
-    from adopt import ADOPT
-
-    return ADOPT
 
 
 def _fsdp2(make_optimizer: Callable[[Any], Any], reshard: bool) -> Callable[[], Variant]:
@@ -259,7 +258,7 @@ def loopback_bytes() -> int:
     raise RuntimeError("this network namespace has no loopback interface")
 
 
-def run_rank(rank: int, world_size: int, directory: str, names: list[str], rounds: int, counts_bytes: bool) -> None:
+def run_rank(rank: int, world_size: int, directory: str, names: list[str], rounds: int) -> None:
     """One rank: set every variant up, run the rounds, and (rank 0) write the times to a file."""
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank))
@@ -298,7 +297,7 @@ def run_rank(rank: int, world_size: int, directory: str, names: list[str], round
             print(f"\rround {max(0, round_ + 1)}/{rounds}", end="", file=sys.stderr, flush=True)
     if rank == 0:
         print(file=sys.stderr)
-        found = {"seconds": seconds, "sent": sent if counts_bytes else None, "load": os.getloadavg()[0]}
+        found = {"seconds": seconds, "sent": sent, "load": os.getloadavg()[0]}
         Path(directory, "found.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # the variants hold groups that end in no particular order
@@ -309,12 +308,17 @@ def measure(names: list[str], world_size: int, rounds: int) -> dict[str, Any]:
     counts_bytes = os.environ.get("SHARDED_ADOPT_OWN_NETWORK") == "1"
     numel = sum(param.numel() for param in GPT().parameters())
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.start_processes(
-            run_rank,
-            (world_size, directory, names, rounds, counts_bytes),
-            nprocs=world_size,
-            start_method="fork",
-        )
+        forks = multiprocessing.get_context("fork")  # torch is imported once
+        ranks = [
+            forks.Process(target=run_rank, args=(rank, world_size, directory, names, rounds))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            sys.exit(f"ranks ended with {[rank.exitcode for rank in ranks]}: see their errors above")
         found: dict[str, Any] = json.loads(Path(directory, "found.json").read_text())
     totals = {name: [one[0] for one in each] for name, each in found["seconds"].items()}
     results: dict[str, Any] = {"numel": numel, "world_size": world_size, "rounds": rounds, "load": found["load"]}
@@ -324,7 +328,7 @@ def measure(names: list[str], world_size: int, rounds: int) -> dict[str, Any]:
             "seconds": each,
             "step_seconds": statistics.median(one[1] for one in found["seconds"][name]),
             "of": {other: _ratio(each, totals[other]) for other in ("ddp-adopt", "ddp-adamw-fused") if other in totals},
-            "bytes_sent": None if found["sent"] is None else statistics.median(found["sent"][name]) / numel,
+            "bytes_sent": statistics.median(found["sent"][name]) / numel if counts_bytes else None,
         }
         for name, each in totals.items()
     }

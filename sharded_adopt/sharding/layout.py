@@ -126,6 +126,14 @@ class Bucket:
         if not end <= self.numel <= self.padded_numel:
             raise ValueError(f"the last parameter ends at {end}, past numel {self.numel} or padded {self.padded_numel}")
 
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of what no parameter fills: alignment between them, padding at the end."""
+        end = 0
+        for start, stop in [*((p.start, p.start + p.numel) for p in self.placements), (self.padded_numel,) * 2]:
+            if end < start:
+                yield end, start
+            end = stop
+
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Start and stop, in elements of the buffer, of what `rank` owns."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel

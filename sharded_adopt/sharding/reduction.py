@@ -39,6 +39,7 @@ class _Round:
     dropped: set[int] = field(default_factory=set)  # of those: dropped or replaced by the user since
     again: set[int] = field(default_factory=set)  # got a gradient since
     late: bool = False  # has to be reduced again
+    full_up_to: int = 0  # so many parameters, in the bucket's order, were seen to be ready or frozen
 
 
 class BucketReduction:
@@ -63,6 +64,7 @@ class BucketReduction:
         self.specs = specs
         self.params = {p.param: params[p.param] for p in buffer.bucket.placements}
         self.placements: dict[int, Placement] = {p.param: p for p in buffer.bucket.placements}
+        self._order = tuple(self.params)
         # As they were bound: until the next step a parameter may have others.
         self._strides = {p.param: params[p.param].stride() for p in buffer.bucket.placements}
         self._errors = errors
@@ -89,14 +91,21 @@ class BucketReduction:
         return flat
 
     def opened(self) -> Tensor:
-        """The flat buffer, borrowed and zeroed where none is held."""
+        """The flat buffer, borrowed where none is held.
+
+        That is zero where no parameter is. Where one is, `launch` writes; what is reduced again starts from zeros.
+        """
         if self.flat is not None:
             return self.flat
         like, bucket = self.buffer.params, self.buffer.bucket
         if self._is_alone:
             # As long as the gradient that other ranks may have instead.
-            return self._use(like.new_zeros(bucket.numel))
-        return self._use(self._scratch.take(bucket.padded_numel, like.dtype, like.device).zero_())
+            flat = like.new_empty(bucket.numel)
+        else:
+            flat = self._scratch.take(bucket.padded_numel, like.dtype, like.device)
+        for start, stop in [(0, bucket.padded_numel)] if self.round.late else bucket.gaps():
+            flat[start:stop].zero_()
+        return self._use(flat)
 
     def _free(self) -> None:
         if not self.keeps and self.flat is not None:
@@ -107,7 +116,13 @@ class BucketReduction:
 
     def is_full(self) -> bool:
         """Whether every parameter that can have a gradient has had its hook."""
-        return all(i in self.round.ready or not p.requires_grad for i, p in self.params.items())
+        # Asked after every hook: it goes on where it stopped, so that thousands of parameters do not cost their square.
+        while self.round.full_up_to < len(self._order):
+            index = self._order[self.round.full_up_to]
+            if index not in self.round.ready and self.params[index].requires_grad:
+                return False
+            self.round.full_up_to += 1
+        return True
 
     # --- from param.grad into the bucket ---------------------------------------------------------------------------
 
@@ -215,13 +230,12 @@ class BucketReduction:
         """Start to reduce the bucket with what it holds; parameters without a gradient count as zero."""
         if self.holds_step:
             self.reuse()
-        for index in self.params:
-            if self.collect(index):
-                self.round.first.add(index)
-            else:
-                self.forget_carried([index])
-                if self.flat is not None:
-                    self.views[index].zero_()
+        self.round.first.update(index for index in self.params if self.collect(index))
+        absent = [index for index in self.params if index not in self.round.first]
+        self.forget_carried(absent)
+        self.opened()
+        for index in absent:
+            self.views[index].zero_()
         self.start(group, again=False)
 
     def start(self, group: Collectives, again: bool) -> None:
@@ -283,6 +297,7 @@ class BucketReduction:
         """Reduce the bucket again with what came after its launch; on ranks where nothing came, with zeros."""
         self.finish()
         if not self.round.late:
+            self.round.late = True
             self.put_aside(())
         self.forget_carried([i for i in self.params if i in dropped])
         self.start(group, again=True)
