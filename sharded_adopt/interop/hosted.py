@@ -75,20 +75,23 @@ def write_full_state(optimizer: ShardedOptimizer, path: Path, *, everywhere: boo
 
 
 def separate_storages(module: nn.Module) -> None:
-    """Let `module.state_dict()` give every tensor a storage of its own, over the same memory; again: no effect.
+    """Let `state_dict()` of `module` and its parts give every tensor a storage of its own; again: no effect.
 
-    The parameters of a sharded optimizer are views of flat buffers. accelerate takes tensors that share a storage for
-    tied ones and writes only one of them into a safetensors file: all other weights of the buffer would be lost.
+    The memory stays the same. The parameters of a sharded optimizer are views of flat buffers: `torch.save` of a part
+    of a model writes whole buffers, safetensors' `save_model` refuses them, and accelerate takes them for tied weights
+    and writes only one of each buffer.
     """
-    if _own_storages not in module._state_dict_hooks.values():
-        module.register_state_dict_post_hook(_own_storages)
+    for part in module.modules():
+        if _own_storages not in part._state_dict_hooks.values():
+            part.register_state_dict_post_hook(_own_storages)
 
 
 def _own_storages(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     for name, tensor in state_dict.items():
         if isinstance(tensor, Tensor) and name.startswith(prefix) and _is_part_of_storage(tensor):
-            state_dict[name] = torch.utils.dlpack.from_dlpack(tensor.detach())
+            own = torch.utils.dlpack.from_dlpack(tensor.detach()) if tensor.numel() else torch.empty_like(tensor)
+            state_dict[name] = own
 
 
 def _is_part_of_storage(tensor: Tensor) -> bool:
-    return 0 < tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()
+    return tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()
