@@ -1,4 +1,4 @@
-"""The table of hosts names its tests, and the versions that are pinned."""
+"""The tables of what was tested in which host name their tests, and the versions that are pinned."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
-ROWS = PAGE.partition("| host |")[2].partition("\n\n")[0].splitlines()[2:]
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("ecosystem", "deepspeed")}
+TABLES = [("ecosystem", "host"), ("deepspeed", "what"), ("deepspeed", "what happens")]
+ROWS = [
+    row
+    for page, heading in TABLES
+    for row in PAGES[page].partition(f"\n| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
+]
 LINK = re.compile(r"\[`(test_\w+)`\]\(([^)]+)\)")
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -31,7 +36,7 @@ def test_every_row_names_tests_that_exist(row: str) -> None:
 
 
 def test_the_versions_are_the_pinned_ones() -> None:
-    spoken = re.findall(r"\b([a-z]+) (\d+\.\d+(?:\.\d+)?)\b", PAGE.lower())
+    spoken = re.findall(r"\b([a-z]+) (\d+\.\d+(?:\.\d+)?)\b", "\n".join(PAGES.values()).lower())
     assert spoken
     for name, version in spoken:
         if name in PINS:

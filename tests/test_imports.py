@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     # These stand on top.
     "commands": {"adopt", "checkpoint", "commands", "interop", "kernels", "sharding"},
     "cli": {"commands"},
+    "run": {"interop"},
     "interop": {"adopt", "checkpoint", "clipping", "interop", "kernels", "launch_env", "sharding"},
     "": {"adopt", "checkpoint", "clipping", "launch_env", "sharding"},
 }

@@ -1,1 +1,1 @@
-"""Other frameworks, each imported only when it is used. None is here yet."""
+"""Other frameworks, each imported only when it is used."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.clipping import PowerClip
+from sharded_adopt.interop.config_options import names, suggestion
 
 _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -46,12 +46,10 @@ def from_scalars(given: Mapping[str, Any]) -> dict[str, Any]:
         default: PowerClip = inspect.signature(ADOPT).parameters["clip_lambda"].default
         scale, exponent = options.pop("clip_scale", default.scale), options.pop("clip_exponent", default.exponent)
         options["clip_lambda"] = None if exponent is None else {"exponent": exponent, "scale": scale}
-    known = [name for name in inspect.signature(ADOPT).parameters if name != "params"]
     for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, "beta1", "beta2", "clip_exponent", "clip_scale"], 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
-            raise ValueError(f"ADOPT has no option {name!r}; {hint}")
+        if name not in names():
+            known = [*names(), "beta1", "beta2", "clip_exponent", "clip_scale"]
+            raise ValueError(f"ADOPT has no option {name!r}; {suggestion(name, known)}")
     return options
 
 
