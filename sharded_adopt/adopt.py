@@ -22,12 +22,14 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_adopt import from_adamw, options
 from sharded_adopt.clipping import PowerClip, as_clip
-from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor
+from sharded_adopt.dtensor import any_over_meshes, element_start, is_dtensor, local_grad, local_tensor, part_of
 from sharded_adopt.gathering import Gathered, Memory
 from sharded_adopt.kernels import Kernels, NotDenseError, looks_at_gradients
 from sharded_adopt.kernels.verdict import has_nonzero, has_nonzero_on_device
+from sharded_adopt.kernels.working import as_real
 from sharded_adopt.loading import checked_group, pack_groups, reveal_state, unpack
 from sharded_adopt.options import StateDtype
+from sharded_adopt.statistics import Statistics, figures
 
 __all__ = ["ADOPT", "ADOPTW", "adopt", "has_nonzero", "has_nonzero_on_device"]
 
@@ -92,6 +94,8 @@ class ADOPT(Optimizer):
         self.guard_dummy_step = True
         # The host knows of a parameter that has been stepped: there is no dummy step any more.
         self._is_stepped = False
+        # Where figures of each step are kept, if anybody wants them.
+        self.statistics: Statistics | None = None
         self._kernels = Kernels()
         self._memory: Memory | None = None
         defaults = options.checked(
@@ -140,9 +144,28 @@ class ADOPT(Optimizer):
         made._note_stepped()
         return made
 
-    def stats(self) -> dict[str, Tensor]:
-        """Return figures of the last step as device scalars. Not there yet."""
-        raise NotImplementedError("ADOPT.stats is not implemented yet")
+    def stats(self, record: bool = True) -> dict[str, Tensor]:
+        """Return figures of the last step: 0-dim fp32 tensors on the first parameter's device, never read on the host.
+
+        The first call switches recording on, `stats(False)` off again; figures are NaN until a step was recorded.
+        Recording costs a few passes over the gradients and the state, and no bit of the update.
+
+        * `update_rms`: the RMS, over the elements that moved, of what was taken from them over `lr`: of exp_avg, or of
+          what `nesterov` makes of it, decay excluded. AdamW's is mostly between 0.2 and 1. 0 where nothing moved, as in
+          a first step.
+        * `clipped_share`: of the elements that moved, how many had their normalised gradient clipped.
+        * `grad_norm`: the norm of all gradients of the step, `grad_scale` taken out, after any clipping.
+
+        A step that `found_inf` skips leaves them as they were. With DTensors they are of the whole parameters, and
+        the call is a collective on their meshes.
+        """
+        if self.statistics is None:
+            self.statistics = Statistics(
+                local_tensor(next(param for group in self.param_groups for param in group["params"])).device
+            )
+        found = figures(self.statistics.totals())
+        self.statistics = self.statistics if record else None
+        return found
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does. Its options are checked; a parameter that is in the optimizer already is named."""
@@ -206,38 +229,44 @@ class ADOPT(Optimizer):
         counts = self._counts(calls, every_step, found_inf)
         if counts is False:
             return
+        if self.statistics is not None:
+            self.statistics.begin()
         for call in calls:
             if not call.params:
                 continue
             group = call.group
             beta1, beta2 = group["betas"]
+            lists = call.params, call.grads, call.exp_avgs, call.exp_avg_sqs, call.steps
+            rule = {
+                "capturable": group["capturable"],
+                "grad_scale": _scalar(self, "grad_scale"),
+                "found_inf": found_inf,
+                "beta1": beta1,
+                "beta2": beta2,
+                "lr": group["lr"],
+                "clip_lambda": as_clip(group["clip_lambda"]),
+                "weight_decay": group["weight_decay"],
+                "decouple": group["decouple"],
+                "eps": group["eps"],
+                "maximize": group["maximize"],
+                "nesterov": group["nesterov"],
+                "init": group["init"],
+                "offsets": call.offsets,
+                "step_increment": None if counts is True else counts,
+            }
+            if self.statistics is not None:
+                self.statistics.measure(lists, rule, call.parts)
             _run(
                 self._kernels,
-                call.params,
-                call.grads,
-                call.exp_avgs,
-                call.exp_avg_sqs,
-                call.steps,
+                *lists,
                 foreach=group["foreach"],
                 fused=group["fused"],
                 has_complex=call.has_complex,
-                capturable=group["capturable"],
                 differentiable=group["differentiable"],
-                grad_scale=_scalar(self, "grad_scale"),
-                found_inf=found_inf,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                clip_lambda=as_clip(group["clip_lambda"]),
-                weight_decay=group["weight_decay"],
-                decouple=group["decouple"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                nesterov=group["nesterov"],
-                init=group["init"],
-                offsets=call.offsets,
-                step_increment=None if counts is True else counts,
+                **rule,
             )
+        if self.statistics is not None:
+            self.statistics.end(found_inf)
 
     def _refuse_capture_unless_capturable(self) -> None:
         """A CUDA graph would record the steps and clip bounds of this call as constants and repeat them for ever."""
@@ -264,11 +293,12 @@ class ADOPT(Optimizer):
             steps: list[Tensor] = []
             has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, every_step)
             offsets = self._offsets(params, exp_avg_sqs)
+            parts = [part_of(param) for param in params] if any(map(is_dtensor, params)) else []
             grads = [local_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
             params, exp_avgs, exp_avg_sqs = (
                 [local_tensor(t) for t in each] for each in (params, exp_avgs, exp_avg_sqs)
             )
-            calls.append(Gathered(group, params, grads, exp_avgs, exp_avg_sqs, steps, has_complex, offsets))
+            calls.append(Gathered(group, params, grads, exp_avgs, exp_avg_sqs, steps, has_complex, offsets, parts))
         if not torch.compiler.is_compiling():
             self._memory = Memory.of(calls, self.state, looks_at_gradients(p.device for c in calls for p in c.params))
         return calls, every_step
@@ -367,6 +397,7 @@ class ADOPT(Optimizer):
                 group.setdefault(name, value)
         if "_is_stepped" not in self.__dict__:  # new from a pickle or a deepcopy, which carry no hooks
             self.register_state_dict_post_hook(pack_groups)
+            self.statistics = None
         # What was remembered of the state that is replaced would keep it alive until the next step.
         self._kernels = Kernels()
         self._memory = None
@@ -398,11 +429,6 @@ def _scalar(optimizer: Optimizer, name: str) -> Tensor | None:
     """`grad_scale` or `found_inf` as GradScaler leaves it on the optimizer; without any gradient it is a plain 0."""
     value = getattr(optimizer, name, None)
     return value if isinstance(value, Tensor) or value is None else torch.tensor(float(value))
-
-
-def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """View complex tensors as real ones with a last dimension of 2, others as they are."""
-    return [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors]
 
 
 def adopt(
@@ -489,6 +515,6 @@ def _run(
     """Choose the kernel and call it; complex tensors are seen as real ones."""
     params, grads, exp_avgs, exp_avg_sqs, steps = lists
     if has_complex:
-        params, grads, exp_avgs, exp_avg_sqs = map(_as_real, (params, grads, exp_avgs, exp_avg_sqs))
+        params, grads, exp_avgs, exp_avg_sqs = map(as_real, (params, grads, exp_avgs, exp_avg_sqs))
     kernel = kernels.select(params, grads, foreach=foreach, fused=fused, differentiable=differentiable)
     kernel(params, grads, exp_avgs, exp_avg_sqs, steps, differentiable=differentiable, **rule)

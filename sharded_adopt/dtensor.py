@@ -5,13 +5,16 @@ torch.distributed is imported only where a DTensor has been seen; whoever made i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -66,6 +69,33 @@ def element_start(param: Tensor) -> int:
     for size, first in zip(param.shape, offset, strict=True):
         start = start * size + min(first, size)
     return start
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of what a local tensor is a part: a mesh, and on how many of its ranks each of its elements lies."""
+
+    mesh: DeviceMesh
+    copies: int
+
+
+def part_of(param: Tensor) -> Part | None:
+    """Return what a DTensor's local tensor is a part of, None for any other tensor."""
+    if not is_dtensor(param):
+        return None
+    mesh = param.device_mesh
+    copies = math.prod(size for size, place in zip(mesh.shape, param.placements, strict=True) if place.is_replicate())
+    return Part(mesh, copies)
+
+
+def sum_over_mesh(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the sum of `tensor` over all ranks of `mesh`. A collective on it."""
+    import torch.distributed as dist
+
+    total = tensor.clone()
+    for dim in range(mesh.ndim):
+        dist.all_reduce(total, group=mesh.get_group(dim))
+    return total
 
 
 def any_over_meshes(flag: Tensor, params: Iterable[Tensor]) -> Tensor:

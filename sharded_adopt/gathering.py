@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sharded_adopt.dtensor import Part
 from sharded_adopt.kernels.fused import SMALL_NUMEL
 
 
@@ -27,6 +28,7 @@ class Gathered:
     steps: Sequence[Tensor]
     has_complex: bool
     offsets: Sequence[int] | None
+    parts: Sequence[Part | None] = ()  # of which meshes, where there are DTensors
 
     def are_small(self) -> bool:
         """Whether the tensors are so small that their number counts, not their size."""

@@ -130,11 +130,6 @@ def test_contradictions_are_refused():
         ADOPT([param(2)], fused=True, differentiable=True)
 
 
-def test_what_is_to_come_says_so_by_name():
-    with pytest.raises(NotImplementedError, match="stats"):
-        ADOPT([param(2)]).stats()
-
-
 def test_no_parameters_a_parameter_twice_and_other_things_are_refused():
     with pytest.raises(ValueError, match="empty parameter list"):
         ADOPT([])

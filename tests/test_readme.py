@@ -129,7 +129,6 @@ def sharded(**options: Any) -> Any:
 UNBUILT: dict[str, Callable[[], Any]] = {
     "meshes": lambda: sharded(mesh=object()),
     "`overlap_param_gather`": lambda: sharded(overlap_param_gather=True),
-    "`stats()`": lambda: sharded().stats(),
     "`AsyncSaver`": lambda: sharded_adopt.checkpoint.AsyncSaver(),
     "`checkpoint.reshard`": lambda: sharded_adopt.checkpoint.reshard("a", "b", 2),
     "`checkpoint.export`": lambda: sharded_adopt.checkpoint.export("a", "b", "torch"),

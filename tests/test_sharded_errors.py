@@ -87,7 +87,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "overlap_param_gather": True,
         }.items()
     },
-    "stats": (lambda: ShardedADOPT([shared]).stats(), NotImplementedError, "stats"),
+    "stats": (lambda: ShardedOptimizer([shared], torch.optim.AdamW).stats(), TypeError, "runs AdamW"),
 }
 
 

@@ -39,7 +39,7 @@ _Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     """Entries worked on together: equal device and dtypes, all in their first step or none. The lists are parallel."""
 
     params: list[Tensor] = field(default_factory=list)
@@ -88,7 +88,7 @@ def adopt_foreach_(
     lr = lr_for(lr, as_tensor=on_device)
     steps = [step_for(step, p.device, on_device=on_device) for step, p in zip(state_steps, params, strict=True)]
 
-    for block in _blocks(params, grads, exp_avgs, exp_avg_sqs, steps, offsets):
+    for block in blocks(params, grads, exp_avgs, exp_avg_sqs, steps, offsets):
         dtype = compute_dtype(block.params[0], block.exp_avgs[0], block.exp_avg_sqs[0])
         thetas = _as_dtype(block.params, dtype)
         gradients = _as_dtype(block.grads, dtype)
@@ -148,16 +148,20 @@ def adopt_foreach_(
             advance_(step, step_increment, skipped)
 
 
-def _blocks(
+def blocks(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[int | Tensor],
     offsets: Sequence[int] | None,
-) -> Iterator[_Block]:
-    """Cut and join the lists into blocks. Empty tensors are left out; a tensor that is not contiguous is not cut."""
-    unfinished: dict[object, _Block] = {}
+    cpu_numel: int | None = None,
+) -> Iterator[Block]:
+    """Cut and join the lists into blocks, on a CPU of `cpu_numel` elements.
+
+    Empty tensors are left out; a tensor that is not contiguous is not cut.
+    """
+    unfinished: dict[object, Block] = {}
     whole = torch.compiler.is_compiling()  # a compiler fuses across blocks by itself and wants few nodes
     for i, entry in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         param = entry[0]
@@ -165,16 +169,16 @@ def _blocks(
         if numel == 0:
             continue
         key = (param.device, *(tensor.dtype for tensor in entry), _is_first(steps[i]))
-        limit = _CPU_BLOCK_NUMEL if param.device.type == "cpu" else _DEVICE_BLOCK_NUMEL
+        limit = (cpu_numel or _CPU_BLOCK_NUMEL) if param.device.type == "cpu" else _DEVICE_BLOCK_NUMEL
         start = 0 if offsets is None else offsets[i]
         pieces: Iterator[tuple[Tensor, ...]] = iter((entry,))
         if numel > limit and not whole and all(tensor.is_contiguous() for tensor in entry):
             pieces = zip(*(tensor.view(-1).split(limit) for tensor in entry), strict=True)
         for piece in pieces:
-            block = unfinished.setdefault(key, _Block())
+            block = unfinished.setdefault(key, Block())
             if block.numel + piece[0].numel() > limit and block.numel and not whole:
                 yield block
-                block = unfinished[key] = _Block()
+                block = unfinished[key] = Block()
             block.params.append(piece[0])
             block.grads.append(piece[1])
             block.exp_avgs.append(piece[2])
@@ -227,6 +231,6 @@ def _clip_(normed_grads: _Tensors, clip_lambda: Clip | None, steps: list[int | T
         torch._foreach_clamp_min_(normed_grads, [-number for number in numbers])
 
 
-def _store_exp_avg_sqs_(block: _Block, values: Sequence[Tensor]) -> None:
+def _store_exp_avg_sqs_(block: Block, values: Sequence[Tensor]) -> None:
     for i, exp_avg_sq in enumerate(block.exp_avg_sqs):
         store_exp_avg_sq_(exp_avg_sq, values[i], step=block.steps[i], start=block.starts[i])

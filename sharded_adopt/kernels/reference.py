@@ -18,9 +18,9 @@ from sharded_adopt.kernels.working import (
     compute_dtype,
     held_elements,
     lr_for,
+    normalised,
     settle_,
     skipped_on_host,
-    sqrt_of,
     stays_on_device,
     step_for,
     store_exp_avg_sq_,
@@ -95,7 +95,7 @@ def adopt_reference_(
         if weight_decay != 0 and decouple:
             add_scaled_(theta, theta, -lr * weight_decay)
         # n_t = clip(g_t / max(√v_{t-1}, ε), c_t)
-        normed_grad = grad.div(torch.clamp(sqrt_of(v, eps, differentiable), eps))
+        normed_grad = normalised(grad, v, eps, differentiable)
         bound = clip_bound(clip_lambda, step)
         if isinstance(bound, Tensor):
             bound = bound.to(normed_grad)

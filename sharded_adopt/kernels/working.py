@@ -8,6 +8,8 @@ after.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,16 @@ def add_scaled_(target: Tensor, source: Tensor, scale: float | Tensor) -> None:
         target.add_(source * scale.to(target))
     else:
         target.add_(source, alpha=scale)
+
+
+def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View complex tensors as real ones with a last dimension of 2, others as they are."""
+    return [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors]
+
+
+def normalised(grad: Tensor, exp_avg_sq: Tensor, eps: float, differentiable: bool = False) -> Tensor:
+    """g / max(√v, eps)."""
+    return grad.div(torch.clamp(sqrt_of(exp_avg_sq, eps, differentiable), eps))
 
 
 def sqrt_of(exp_avg_sq: Tensor, eps: float, differentiable: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class InnerOptimizer:
     ) -> None:
         self._class, self._defaults = optimizer_class, dict(defaults)
         self._buckets: list[Optimizer] = []
+        self.records = False
         self._bucket_of: dict[Tensor, Optimizer] = {}
         self._flat: dict[tuple[int, str, torch.dtype], Tensor] = {}
         self._inherited: Mapping[tuple[int, str, torch.dtype], Tensor] = {}
@@ -129,6 +130,8 @@ class InnerOptimizer:
                 of_groups[groups[index]].append(segments[index])
             optimizer = self._make([{**own, "params": held} for own, held in zip(self.groups, of_groups, strict=True)])
             self._buckets.append(optimizer)
+            if self.records and isinstance(optimizer, ADOPT):
+                optimizer.stats()
             for index in members[bucket]:
                 self._bucket_of[segments[index]] = optimizer
                 self._make_state(optimizer, places[index], segments[index], optimizer.param_groups[groups[index]])
@@ -157,6 +160,32 @@ class InnerOptimizer:
     def inherit(self, other: InnerOptimizer) -> None:
         """Lay state that will be made next over the memory of `other`'s of the same name and dtype, as it stands."""
         self._inherited = other._flat
+
+    def record(self, on: bool) -> None:
+        """Switch the figures of `ADOPT.stats` on or off. Raises `TypeError` for another class, which has none."""
+        if not isinstance(self._template, ADOPT):
+            raise TypeError(
+                f"stats() are figures of ADOPT's rule, but this optimizer runs {self.optimizer_class.__name__}; "
+                "clip_grad_norm_ returns the norm of the gradient"
+            )
+        if on == self.records:
+            return
+        self.records = on
+        for optimizer in self._adopts():
+            optimizer.stats(on)
+
+    def clear_figures(self) -> None:
+        """Forget the figures of the last step: not every bucket may take part in the next."""
+        for optimizer in self._adopts():
+            if optimizer.statistics is not None:
+                optimizer.statistics.clear()
+
+    def sums(self) -> Tensor:
+        """This rank's sums of the last step, from which `statistics.figures` come; recording must be on."""
+        return torch.stack([one.statistics.totals() for one in self._adopts() if one.statistics is not None]).sum(0)
+
+    def _adopts(self) -> Iterator[ADOPT]:
+        return (optimizer for optimizer in self._buckets if isinstance(optimizer, ADOPT))
 
     def add_group(self, options: Mapping[str, Any]) -> None:
         """Open a group without parameters. Raises, with nothing changed, for values that the class refuses."""

@@ -39,6 +39,7 @@ from sharded_adopt.sharding.plan import EngineOptions, MemoryPlan, StateCost, pl
 from sharded_adopt.sharding.reducer import GradientReducer
 from sharded_adopt.sharding.state import ShardedState, by_index, require_form
 from sharded_adopt.sharding.watch import ModuleWatch, module_of
+from sharded_adopt.statistics import figures
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -229,6 +230,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Bucket by bucket: wait for its gradients, step its segments, send them off; then wait for the others'."""
         under_way = []
         self._is_halfway = True
+        if self._inner.records:
+            self._inner.clear_figures()
         for bucket, members in enumerate(self._state.members):
             self._gradients.finish(bucket)
             present = [index for index in members if index in verdict.present]
@@ -301,6 +304,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         first = self._parameters.tensors[0]
         is_double = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in self._parameters.tensors)
         return total.to(device=first.device, dtype=torch.float64 if is_double else torch.float32)
+
+    @torch.no_grad()
+    def stats(self, record: bool = True) -> dict[str, Tensor]:
+        """Return the figures of the last step over all ranks, as `ADOPT.stats` describes them. Collective.
+
+        Recording, which the first call switches on and `stats(False)` off, sends nothing and reads nothing on the host.
+        The call adds up four numbers a rank, on the CPU where there are several. Equal on every rank. Raises
+        `TypeError` where the optimizer inside is not ADOPT.
+        """
+        self._inner.record(True)
+        sums = self._inner.sums()
+        self._inner.record(record)
+        parts = self._collectives.gather(sums, everywhere=True)
+        assert parts is not None
+        return figures(torch.stack(parts).sum(0).to(sums.device))
 
     @torch.no_grad()
     def unscale_gradients_(self, inv_scale: Tensor) -> Tensor:
@@ -603,10 +621,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "torch.amp.GradScaler cannot see an inf in another rank's shard: use it with reduce_gradients=False"
             )
         return False
-
-    def stats(self) -> NoReturn:
-        """Update RMS, share of clipped elements, gradient norm. Not built yet."""
-        raise NotImplementedError("ShardedOptimizer.stats is not built yet: clip_grad_norm_ returns the gradient norm")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError("a sharded optimizer belongs to its ranks and cannot be copied: copy its full_state_dict()")
