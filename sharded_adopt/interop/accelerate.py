@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_adopt.interop.hosted import (
     innermost,
+    is_ours,
     require_given_gradients,
     require_ours,
     separate_storages,
@@ -31,13 +32,13 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
         if isinstance(one, nn.Module):
             separate_storages(one)
     each = prepared if isinstance(prepared, tuple) else (prepared,)
-    optimizers = [one for one in each if hasattr(one, "param_groups")]
-    if optimizers and not any(isinstance(innermost(one), ShardedOptimizer) for one in optimizers):
+    optimizers = [innermost(one) for one in each if hasattr(one, "param_groups")]
+    if not any(is_ours(one) for one in optimizers):
         for one in optimizers:
             require_ours(one, "accelerate")
     if any(isinstance(one, DistributedDataParallel) for one in each):
         for one in optimizers:
-            require_given_gradients(innermost(one), "accelerate")
+            require_given_gradients(one, "accelerate")
     return prepared
 
 

@@ -23,10 +23,15 @@ from sharded_adopt.adopt import ADOPT
 from sharded_adopt.sharding.optimizer import ShardedOptimizer
 
 
+def is_ours(optimizer: Any) -> bool:
+    """Say whether `optimizer` itself is an `ADOPT` or a sharded optimizer."""
+    return isinstance(optimizer, (ADOPT, ShardedOptimizer))
+
+
 def innermost(optimizer: Any) -> Any:
     """Return the optimizer that really steps, inside the wrappers of accelerate, DeepSpeed and Lightning."""
     seen: set[int] = set()
-    while not isinstance(optimizer, (ADOPT, ShardedOptimizer)) and id(optimizer) not in seen:
+    while not is_ours(optimizer) and id(optimizer) not in seen:
         seen.add(id(optimizer))
         optimizer = getattr(optimizer, "_optimizer", None) or getattr(optimizer, "optimizer", None) or optimizer
     return optimizer

@@ -199,3 +199,14 @@ def another_optimizer(rank: int, world_size: int) -> None:
 def test_prepare_refuses_another_optimizer() -> None:
     with pytest.raises(RanksFailed, match=r"but torch\.optim\.adamw\.AdamW is what runs"):
         run_ranks(1, another_optimizer)
+
+
+def beside_muon(rank: int, world_size: int) -> None:
+    as_torchrun_rank(rank, world_size)
+    model = make_net()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
+    prepare(Accelerator(cpu=True), model, torch.optim.Muon(matrices), ADOPT(vectors))
+
+
+def test_prepare_takes_another_optimizer_beside_ours() -> None:
+    run_ranks(1, beside_muon)
