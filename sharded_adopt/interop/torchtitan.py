@@ -43,8 +43,10 @@ class AdoptOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
 
 def default_adopt(lr: float = 1e-3, **keywords: Any) -> AdoptOptimizersContainer.Config:
-    """Return the config of one ADOPTW over all parameters, with weight decay 0.1 as torchtitan's AdamW has it."""
-    group = ParamGroupConfig(
-        pattern=r".*", optimizer_name="ADOPTW", optimizer_kwargs={"lr": lr, "weight_decay": 0.1, **keywords}
-    )
+    """Return the config of one ADOPTW over all parameters, with weight decay 0.1 as torchtitan's AdamW has it.
+
+    The kernel is ADOPT's choice, the fused one where it can run; `keywords` are any of its arguments.
+    """
+    options = {"lr": lr, "weight_decay": 0.1, "fused": None, "foreach": None, **keywords}
+    group = ParamGroupConfig(pattern=r".*", optimizer_name="ADOPTW", optimizer_kwargs=options)
     return AdoptOptimizersContainer.Config(param_groups=[group])

@@ -138,7 +138,10 @@ def test_adopt_stands_beside_torchtitans_own_optimizers() -> None:
         implementation="for-loop",
     )
     assert [type(o) for o in both.build(model_parts=[make_model()])] == [torch.optim.AdamW, ADOPTW]
-    assert [type(o) for o in default_adopt(fused=None).build(model_parts=[make_model()])] == [ADOPTW]
+    (optimizer,) = default_adopt(eps=1e-5).build(model_parts=[make_model()])
+    assert type(optimizer) is ADOPTW
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["eps"], group["fused"]) == (1e-3, 0.1, 1e-5, None)
 
 
 def test_what_torchtitan_alone_says_of_adopt_and_what_would_do_nothing_are_refused() -> None:
