@@ -59,10 +59,15 @@ def problems(optimizer_class: type[ADOPT], config: Mapping[str, Any]) -> dict[st
     return wrong
 
 
+def meant(name: str, known: Sequence[str]) -> str | None:
+    """Return which of the `known` names is meant by another one, None where none is near."""
+    return _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+
+
 def suggestion(name: str, known: Sequence[str]) -> str:
     """Return what to write for a `name` that is none of the `known` ones."""
-    meant = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, known, 1)
-    return f"did you mean {meant[0]!r}?" if meant else f"the options are {', '.join(known)}"
+    near = meant(name, known)
+    return f"did you mean {near!r}?" if near else f"the options are {', '.join(known)}"
 
 
 def _problem(optimizer_class: type[ADOPT], known: tuple[str, ...], name: str, value: Any) -> str | None:

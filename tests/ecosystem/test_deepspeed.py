@@ -35,6 +35,8 @@ from ranks import RanksFailed, run_ranks
 import sharded_adopt.interop.deepspeed
 from sharded_adopt import ADOPT
 from sharded_adopt.interop.deepspeed import assert_runs_adopt
+from sharded_adopt.interop.deepspeed_config import findings
+from sharded_adopt.interop.deepspeed_host import Host
 
 EVERY_STAGE: dict[str, dict[str, Any]] = {
     "stage 0": {"stage": 0},
@@ -369,3 +371,44 @@ import deepspeed, sharded_adopt.interop.deepspeed
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode != 0
     assert "RuntimeError: torch.optim.ADOPT is <class '__main__.ADOPT'> already" in ran.stderr
+
+
+OFFLOADED = {"device": "cpu", "pin_memory": False}
+STOPS: dict[str, dict[str, Any]] = {
+    "type": config(2) | {"optimizer": {"type": "adopt"}},
+    "option": config(2, params={"max_grad_norm": 1.0}),
+    "auto": config(2, train_batch_size="auto"),
+    "adam-only, ratio": config(3, zero={"offload_optimizer": {**OFFLOADED, "ratio": 0.5}}),
+    "adam-only, zenflow": config(2, zero={"offload_optimizer": OFFLOADED, "zenflow": {"topk_ratio": 0.1}}),
+    "adam-only, 16 bit": config(2, bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+    "offloaded-client": {k: v for k, v in config(2, offload=True).items() if k != "optimizer"},
+}
+
+
+def _initialize_with_client(rank: int, world_size: int, ds_config: dict[str, Any]) -> None:
+    model = Model()
+    client = {} if "optimizer" in ds_config else {"optimizer": ADOPT(model.parameters())}
+    make_engine(rank, world_size, ds_config, model=model, **client)
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_what_the_doctor_calls_an_error_stops_in_deepspeed(name: str) -> None:
+    found = findings(STOPS[name], Host())
+    assert {(f.severity, f.trap) for f in found if f.severity == "error"} == {("error", name.partition(",")[0])}
+    with pytest.raises(RanksFailed):
+        run_ranks(2, _initialize_with_client, STOPS[name])
+
+
+def test_an_elastic_checkpoint_cannot_be_loaded_as_the_doctor_says(tmp_path: Path) -> None:
+    case = config(2, zero={"elastic_checkpoint": True})
+    assert [f.trap for f in findings(case, Host())] == ["elastic-checkpoint"]
+    run_ranks(2, train_and_save, case, 1, tmp_path)
+    with pytest.raises(RanksFailed, match="BASE_OPTIMIZER_STATE_STEP"):
+        run_ranks(2, load_and_train, case, 1, tmp_path, "halfway")
+
+
+def test_the_hidden_clipping_that_the_doctor_warns_of_changes_the_trajectory(alone: dict[str, torch.Tensor]) -> None:
+    case = config(2)
+    del case["gradient_clipping"]
+    assert [f.trap for f in findings(case, Host())] == ["hidden-clipping"]
+    assert distance(run_ranks(2, train, case)[0], alone) > 1e-4

@@ -1,0 +1,306 @@
+"""`sharded-adopt doctor ds_config.json`: what is found, from plain data; and the command around it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharded_adopt import cli
+from sharded_adopt.interop.deepspeed_config import STALE_SECONDS, exit_code, findings
+from sharded_adopt.interop.deepspeed_host import Host, look
+
+CLEAN: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_clipping": 0.0,
+    "optimizer": {
+        "type": "ADOPT",
+        "params": {"lr": 1e-3, "betas": [0.9, 0.9999], "weight_decay": 0.1, "decouple": True},
+    },
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "bf16": {"enabled": True},
+}
+GOOD_HOST = Host()
+Change = Callable[[dict[str, Any]], object]
+
+
+def found(change: Change = lambda config: None, host: Host = GOOD_HOST, hf: bool = False) -> list[tuple[str, str, str]]:
+    """(severity, trap, where) of what is found after `change` to a clean config."""
+    config = json.loads(json.dumps(CLEAN))
+    change(config)
+    return [(f.severity, f.trap, f.where) for f in findings(config, host, hf=hf)]
+
+
+def params(**options: Any) -> Change:
+    return lambda config: config["optimizer"]["params"].update(options)
+
+
+def top(**keys: Any) -> Change:
+    return lambda config: config.update(keys)
+
+
+def zero(**keys: Any) -> Change:
+    return lambda config: config["zero_optimization"].update(keys)
+
+
+def offload(**keys: Any) -> Change:
+    return lambda config: config["zero_optimization"]["offload_optimizer"].update(keys)
+
+
+def without(*keys: str) -> Change:
+    return lambda config: [config.pop(key) for key in keys]
+
+
+@pytest.mark.parametrize("hf", [False, True])
+def test_a_clean_config_on_a_good_host_has_no_findings(hf: bool) -> None:
+    assert found(hf=hf) == []
+    assert exit_code(()) == 0
+
+
+CONFIGS: list[tuple[Change, tuple[str, str, str]]] = [
+    (without("gradient_clipping"), ("warning", "hidden-clipping", "gradient_clipping")),
+    (lambda c: c["optimizer"].update(type="adopt"), ("error", "type", "optimizer.type")),
+    (lambda c: c["optimizer"].update(type="AdamW", params={"lr": 1.0}), ("error", "type", "optimizer.type")),
+    (lambda c: c["optimizer"].pop("type"), ("error", "type", "optimizer.type")),
+    (params(weight_dacay=0.1), ("error", "option", "optimizer.params.weight_dacay")),
+    (params(clip_lambda="step**0.25"), ("error", "option", "optimizer.params.clip_lambda")),
+    (params(betas=[0.9, 1.0]), ("error", "option", "optimizer.params.betas")),
+    (params(max_grad_norm=1.0), ("error", "option", "optimizer.params.max_grad_norm")),
+    (params(lr="auto"), ("error", "option", "optimizer.params.lr")),
+    (params(eps=1e-8), ("warning", "adams-constants", "optimizer.params.eps")),
+    (lambda c: c["optimizer"]["params"].pop("decouple"), ("warning", "coupled-decay", "optimizer.params.weight_decay")),
+    (top(train_micro_batch_size_per_gpu="auto"), ("error", "auto", "train_micro_batch_size_per_gpu")),
+    (zero(reduce_bucket_size="auto"), ("error", "auto", "zero_optimization.reduce_bucket_size")),
+    (without("optimizer"), ("error", "offloaded-client", "zero_force_ds_cpu_optimizer")),
+    (offload(ratio=0.5), ("error", "adam-only", "zero_optimization.offload_optimizer.ratio")),
+    (offload(super_offload=True), ("error", "adam-only", "zero_optimization.offload_optimizer.super_offload")),
+    (offload(device="nvme"), ("warning", "untested", "zero_optimization.offload_optimizer.device")),
+    (zero(zenflow={"topk_ratio": 0.1}), ("error", "adam-only", "zero_optimization.zenflow")),
+    (zero(stage=0), ("note", "16-bit-without-zero", "bf16.enabled")),
+    (
+        lambda c: c.update(zero_optimization={}, bf16={}, fp16={"enabled": True}),
+        ("warning", "16-bit-without-zero", "fp16.enabled"),
+    ),
+    (
+        top(bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+        ("error", "adam-only", "bf16.bf16_master_weights_and_grads"),
+    ),
+    (
+        top(bf16={}, fp16={"enabled": True, "fp16_master_weights_and_grads": True}),
+        ("error", "adam-only", "fp16.fp16_master_weights_and_grads"),
+    ),
+    (zero(elastic_checkpoint=True), ("error", "elastic-checkpoint", "zero_optimization.elastic_checkpoint")),
+    (
+        lambda c: (c["zero_optimization"].update(stage=3), c.update(checkpoint={"load_universal": True})),
+        ("warning", "universal-groups", "checkpoint.load_universal"),
+    ),
+    (
+        lambda c: (c["optimizer"]["params"].update(state_dtype="bf16"), c.update(checkpoint={"load_universal": True})),
+        ("warning", "universal-state", "optimizer.params.state_dtype"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), CONFIGS, ids=[f"{e[1]}-{e[2]}-{n}" for n, (_, e) in enumerate(CONFIGS)]
+)
+def test_each_trap_of_a_config_is_found_and_nothing_else(change: Change, expected: tuple[str, str, str]) -> None:
+    assert found(change) == [expected]
+
+
+HOSTS: list[tuple[Host, tuple[str, str, str]]] = [
+    (Host(has_deepspeed=False), ("error", "no-deepspeed", "host")),
+    (Host(addresses=("127.0.1.1",)), ("warning", "host-name", "host")),
+    (Host(addresses=()), ("warning", "host-name", "host")),
+    (Host(missing_build_tools=("c++",)), ("error", "build-tools", "host")),
+    (Host(locks=(("/tmp/ops/deepspeed_shm_comm/lock", STALE_SECONDS),)), ("error", "build-lock", "host")),
+    (Host(locks=(("/tmp/ops/deepspeed_shm_comm/lock", 5.0),)), ("warning", "build-lock", "host")),
+    (Host(extensions_are_shared=True), ("note", "shared-build-folder", "host")),
+]
+
+
+@pytest.mark.parametrize(("host", "expected"), HOSTS, ids=[f"{e[1]}-{n}" for n, (_, e) in enumerate(HOSTS)])
+def test_each_trap_of_a_host_is_found_and_nothing_else(host: Host, expected: tuple[str, str, str]) -> None:
+    assert found(host=host) == [expected]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        Host(addresses=("127.0.1.1",), gloo_interface="lo"),
+        Host(addresses=("10.0.0.1", "fe80::1")),
+        Host(missing_build_tools=("c++", "ninja"), extensions_are_shared=True, has_cuda=True),
+    ],
+)
+def test_what_does_not_matter_there_is_not_told(host: Host) -> None:
+    """With a device of its own, ADOPT under DeepSpeed compiles nothing."""
+    assert found(host=host) == []
+
+
+def test_with_hf_what_trainer_fills_in_is_no_error_but_adams_constants_are_told() -> None:
+    change = params(lr="auto", weight_decay="auto", betas="auto", eps="auto")
+    assert found(change, hf=True) == [
+        ("warning", "adams-constants", "optimizer.params.betas"),
+        ("warning", "adams-constants", "optimizer.params.eps"),
+    ]
+    assert found(top(train_batch_size="auto", gradient_clipping="auto"), hf=True) == []
+    assert found(params(state_dtype="auto"), hf=True) == [("error", "option", "optimizer.params.state_dtype")]
+
+
+def test_an_optimizer_made_in_python_is_swapped_or_dropped_and_that_is_told() -> None:
+    def client(config: dict[str, Any]) -> None:
+        del config["optimizer"], config["zero_optimization"]["offload_optimizer"]
+
+    assert found(client) == [("note", "client", "optimizer")]
+    assert found(client, hf=True) == [("warning", "client-dropped", "optimizer")]
+    assert found(without("optimizer"), hf=True) == [("error", "offloaded-client", "zero_force_ds_cpu_optimizer")]
+    kept = lambda c: (c.pop("optimizer"), c.update(zero_force_ds_cpu_optimizer=False))  # noqa: E731
+    assert found(kept) == [("note", "client", "optimizer")]
+
+
+@pytest.mark.parametrize("kind", ["adoptw", "AdoptW", "ADOPTW "])
+def test_a_type_in_other_letters_is_told_how_to_spell_it(kind: str) -> None:
+    config = {**CLEAN, "optimizer": {"type": kind}}
+    assert findings(config, GOOD_HOST)[0].change == '"type": "ADOPTW"'
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"weight_dacay": 0.1}, '"weight_decay": 0.1'),
+        ({"beta": [0.8, 0.9]}, '"betas": [0.8, 0.9]'),
+        ({"zzz": 1}, 'take "zzz" out'),
+        ({"clip_lambda": "x"}, '"clip_lambda": {"exponent": 0.25, "scale": 1.0}, or another value that it may have'),
+        ({"lr": "1e-3"}, '"lr": 0.001, or another value that it may have'),
+        ({"max_grad_norm": 2.0}, '"gradient_clipping": 2.0, at the top level'),
+    ],
+)
+def test_the_line_to_change_can_be_copied(options: dict[str, Any], change: str) -> None:
+    config = json.loads(json.dumps(CLEAN))
+    config["optimizer"]["params"].update(options)
+    assert [finding.change for finding in findings(config, GOOD_HOST)] == [change]
+
+
+def test_errors_come_first_and_decide_the_exit_code() -> None:
+    def change(config: dict[str, Any]) -> None:
+        del config["gradient_clipping"]
+        config["optimizer"]["params"]["beta"] = 1
+        config["zero_optimization"]["stage"] = 0
+
+    config = json.loads(json.dumps(CLEAN))
+    change(config)
+    every = findings(config, GOOD_HOST)
+    assert [finding.severity for finding in every] == ["error", "warning", "note"]
+    assert [exit_code(every), exit_code(every[1:]), exit_code(every[2:])] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("config", [{"zero_optimization": True}, {"optimizer": None, "bf16": []}, {}])
+def test_a_config_of_other_shapes_is_examined_all_the_same(config: dict[str, Any]) -> None:
+    assert "hidden-clipping" in {finding.trap for finding in findings(config, GOOD_HOST)}
+
+
+def test_the_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    host = look()
+    assert host.gloo_interface == "lo"
+    assert "no-such-compiler" in host.missing_build_tools
+    assert (host.extensions, host.extensions_are_shared) == (str(tmp_path), False)
+    [(path, age)] = host.locks
+    assert path == str(lock)
+    assert age > STALE_SECONDS
+    assert ("error", "build-lock", "host") in found(host=host)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    assert look().extensions_are_shared
+
+
+def test_the_folder_is_the_one_that_torch_builds_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(look().extensions) == Path(cpp_extension._get_build_directory("any", False)).parent
+
+
+@pytest.fixture
+def quiet_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing to complain of on this machine but what it lacks."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.main(["doctor", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.usefixtures("quiet_host")
+def test_the_command_shows_each_finding_with_the_line_to_change(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {**CLEAN, "optimizer": {"type": "adopt"}}
+    del config["gradient_clipping"]
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(config))
+    code, out, _ = run(capsys, path)
+    assert code == 2
+    lines = out.splitlines()
+    assert "error   optimizer.type: DeepSpeed looks 'adopt' up as it is written" in out
+    assert lines[lines.index('         -> "type": "ADOPT"') - 1].startswith("error   optimizer.type: ")
+    assert "warning gradient_clipping: left out, it is not off" in out
+    code, out, _ = run(capsys, path, "--json")
+    shown = json.loads(out)
+    assert (code, shown["exit"], shown["hf"]) == (2, 2, False)
+    assert shown["findings"][0]["change"] == '"type": "ADOPT"'
+    assert {finding["trap"] for finding in shown["findings"]} >= {"type", "hidden-clipping"}
+
+
+@pytest.mark.usefixtures("quiet_host")
+def test_the_exit_code_is_that_of_the_worst_finding(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharded_adopt.interop.deepspeed_host.look", lambda: GOOD_HOST)  # not this machine's faults
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(CLEAN))
+    code, out, _ = run(capsys, path)
+    assert (code, out) == (0, f"{path}: 0 errors, 0 warnings, 0 notes\n")
+    path.write_text(json.dumps({**CLEAN, "optimizer": {"type": "ADOPT", "params": {"betas": "auto"}}}))
+    assert run(capsys, path)[0] == 2
+    assert run(capsys, path, "--hf")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a DeepSpeed config in JSON in"),
+        ("[1]", "expected a DeepSpeed config, an object with keys, in"),
+        ('{"a": 1, "a": 2}', "the key 'a' comes 2 times"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_what_is_no_config_is_said_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "ds_config.json"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = run(capsys, path)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_hf_without_a_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "--hf")
+    assert code == 2
+    assert "expected a config before it" in err
