@@ -62,11 +62,24 @@ class Display:
         else:
             print(text, flush=True)
 
-    def step(self, step: int, *, loss: float, tokens_per_s: float, grad_norm: float, state_nbytes: int) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens_per_s: float,
+        grad_norm: float,
+        state_nbytes: int,
+        update_rms: float | None = None,
+        clipped_share: float | None = None,
+    ) -> None:
         """Show that `step` updates are done; `state_nbytes` is what this rank holds of the optimizer's state."""
         if not self._shown:
             return
-        text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  grad norm {grad_norm:.3f}  state {size(state_nbytes)}"
+        text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  grad norm {grad_norm:.3f}  "
+        if update_rms is not None and clipped_share is not None:
+            text += f"update rms {update_rms:.2f}  clipped {clipped_share:.1%}  "
+        text += f"state {size(state_nbytes)}"
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         elif step % PLAIN_EVERY == 0 or step in (self._start + 1, self._steps):

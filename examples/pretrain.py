@@ -9,8 +9,9 @@ arguments and number of processes, a run that was killed and resumed ends with b
 step.
 
 In the checkpoint directory: `metrics.jsonl` has one line a step of the surviving history (step, loss over the global
-batch, lr, grad_norm before clipping, tokens_per_s, seconds of that step, world_size, attempt), `metrics.lost.jsonl` the
-steps that a kill undid and that were taken again, `summary.json` how the run ended.
+batch, lr, grad_norm before clipping, for ADOPT update_rms and clipped_share, tokens_per_s, seconds of that step,
+world_size, attempt), `metrics.lost.jsonl` the steps that a kill undid and that were taken again, `summary.json` how the
+run ended.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
     # batch, also where the rows do not divide evenly.
     weight = len(rows) * world_size / args.batch
     state_nbytes, unsharded_nbytes = count_state(optimizer)
+    has_figures = args.optimizer == "adopt"
+    if has_figures:
+        optimizer.stats()  # from now on
     journal = Journal(args.checkpoint_dir, start) if rank == 0 else None
     saved: checkpoint.Saved | None = None
     with Display(start, args.steps, shown=rank == 0) as display:
@@ -104,6 +108,9 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
             dist.all_reduce(mean_loss)
             done = step + 1
             metrics = {"loss": mean_loss.item(), "grad_norm": grad_norm.item()}
+            if has_figures:
+                figures = optimizer.stats()
+                metrics |= {name: figures[name].item() for name in ("update_rms", "clipped_share")}
             seconds = time.perf_counter() - began
             metrics["tokens_per_s"] = args.batch * args.context / seconds
             if journal:

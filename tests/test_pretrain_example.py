@@ -89,6 +89,12 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in history]
 
 
+def figures(directory: Path) -> list[tuple[float, float]]:
+    """What `optimizer.stats()` gave at each step, for an optimizer that has it."""
+    history = read_journal(directory / "metrics.jsonl")
+    return [(line["update_rms"], line["clipped_share"]) for line in history if "update_rms" in line]
+
+
 @pytest.mark.parametrize(("optimizer", "kills"), [("adopt", [130, 350]), ("adamw", [230])])
 def test_a_killed_and_resumed_run_ends_bit_equal_to_one_that_was_not(
     tmp_path: Path, optimizer: str, kills: list[int]
@@ -105,6 +111,10 @@ def test_a_killed_and_resumed_run_ends_bit_equal_to_one_that_was_not(
     assert kills[-1] - 100 < summary(killed)["resumed_from"] < 700
     assert summary(killed)["attempt"] == len(kills) + 1
     assert summary(killed)["weights_sha256"] == summary(calm)["weights_sha256"]
+    calm_figures, killed_figures = figures(calm), figures(killed)
+    assert calm_figures == killed_figures
+    assert len(calm_figures) == (700 if optimizer == "adopt" else 0)
+    assert all(update_rms > 0 and 0 <= share <= 1 for update_rms, share in calm_figures[1:])
     expected, got = newest_tensors(calm), newest_tensors(killed)
     # those that the example neither seeds nor uses
     names = [name for name in expected if not name.endswith(("rng/python", "rng/numpy"))]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import AwkwardModel, averaged_gradients, batch, branch_of
+from oracle import AwkwardModel, assert_same, averaged_gradients, batch, branch_of
 from ranks import run_ranks
 from torch import nn
 from torch.optim import AdamW
@@ -65,6 +65,22 @@ def test_the_figures_are_those_of_one_process(rule, engine, world_size) -> None:
     for found in run_ranks(world_size, sharded, RULES[rule], engine):
         for mine, theirs in zip(found, wanted, strict=True):
             assert mine == pytest.approx(theirs, **TOLERANCE)
+
+
+def parameters_after(rank: int, world_size: int, record: bool) -> list[torch.Tensor]:
+    model = AwkwardModel()
+    optimizer = ShardedADOPT(model.named_parameters(), **RULES["nesterov, decay"], bucket_cap_mb=1e-4)
+    if record:
+        optimizer.stats()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(*batch(step, rank, branch_of(step, rank))).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_recording_does_not_change_a_bit() -> None:
+    assert_same(run_ranks(2, parameters_after, True)[1], run_ranks(2, parameters_after, False)[1])
 
 
 def a_quiet_bucket(rank: int, world_size: int) -> list[float]:
