@@ -54,4 +54,4 @@ def test_what_cannot_be_meant_is_refused(text, message):
 @pytest.mark.parametrize("text", ["clip_lambda=__import__('os').abort()", "clip_exponent=lambda_step:1", "lr=fast"])
 def test_a_string_is_data_and_never_evaluated(text):
     with pytest.raises(ValueError, match=r"must be|expected"):
-        ADOPT([torch.ones(1, requires_grad=True)], **from_scalars(parse(text)))
+        from_scalars(parse(text))

@@ -8,7 +8,7 @@ from typing import Any
 
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.clipping import PowerClip
-from sharded_adopt.interop.config_options import names, suggestion
+from sharded_adopt.interop.config_options import names, read_options, suggestion
 
 _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -32,8 +32,8 @@ def from_scalars(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments of `ADOPT` from scalars, or from strings that hold them.
 
     Beside ADOPT's own names: `beta1`, `beta2` (the other one keeps its default), `clip_exponent` ("none": no clip) and
-    `clip_scale`. Numbers, `true`, `false` and `none` may be strings; nothing is evaluated. Raises `ValueError` for a
-    name that ADOPT does not have; values are checked where the optimizer is constructed.
+    `clip_scale`. Numbers, `true`, `false` and `none` may be strings, and dtypes are named; nothing is evaluated. Raises
+    `ValueError` for a name that ADOPT does not have, and for a value that it does not take.
     """
     options = {name: _value(value) for name, value in given.items()}
     betas = [options.pop(name, None) for name in ("beta1", "beta2")]
@@ -50,7 +50,7 @@ def from_scalars(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names():
             known = [*names(), "beta1", "beta2", "clip_exponent", "clip_scale"]
             raise ValueError(f"ADOPT has no option {name!r}; {suggestion(name, known)}")
-    return options
+    return read_options(ADOPT, options)
 
 
 def _refuse_both(whole: str, parts: str, options: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ def logged(rank: int, world_size: int, directory: Path) -> list[dict[str, float]
     torch.manual_seed(rank)
     model = nn.Linear(4, 1)
     optimizer = ShardedADOPT(model.parameters(), lr=0.1)
+    optimizer.stats()  # from now on they are recorded
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     rows = []
     with SummaryWriter(str(directory / f"rank{rank}")) as writer:
@@ -30,10 +31,10 @@ def logged(rank: int, world_size: int, directory: Path) -> list[dict[str, float]
             loss.backward()
             scalars = {
                 "loss": loss.detach(),
-                "grad_norm": optimizer.clip_grad_norm_(1.0),
                 "lr": torch.tensor(optimizer.param_groups[0]["lr"]),
             }
             optimizer.step()
+            scalars.update(optimizer.stats())
             scheduler.step()
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
@@ -41,13 +42,13 @@ def logged(rank: int, world_size: int, directory: Path) -> list[dict[str, float]
     return rows
 
 
-def test_loss_gradient_norm_and_rate_are_in_the_event_file(tmp_path: Path) -> None:
+def test_loss_rate_and_stats_are_in_the_event_file(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for rank, rows in enumerate(run_ranks(2, logged, tmp_path)):
         events: Any = EventAccumulator(str(tmp_path / f"rank{rank}"))
         events.Reload()
-        for name in ("loss", "grad_norm", "lr"):
+        for name in ("loss", "lr", "update_rms", "clipped_share", "grad_norm"):
             assert [(event.step, event.value) for event in events.Scalars(name)] == list(
                 enumerate(row[name] for row in rows)
             )

@@ -248,9 +248,10 @@ def under_deepspeed(rank: int, world_size: int, directory: Path, door: str) -> t
     model = Net()
     config: dict[str, Any] = {**DEEPSPEED}
     if door == "json":
-        torch.optim.ADOPT = ADOPT  # where DeepSpeed looks
+        from sharded_adopt.interop.deepspeed import register
+
+        register()
         config["optimizer"] = {"type": "ADOPT", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}}
-        config["zero_allow_untested_optimizer"] = True
     args = training_arguments(directory, deepspeed=config)
     entry: dict[str, Any] = {
         "adopt_for": {"optimizer_cls_and_kwargs": adopt_for(args)},
