@@ -78,6 +78,9 @@ class GradientReducer:
 
     def _after(self, index: int) -> None:
         bucket = self._of_param[index]
+        if bucket.round.launched and not bucket.keeps:
+            # Another backward: what it makes waits for the exchange, and nothing else shall wait with it.
+            self._buckets[self._next - 1].finish()
         reduces = self._syncs and self._overlap
         bucket.after_accumulation(index, is_last=reduces)
         if self._syncs:

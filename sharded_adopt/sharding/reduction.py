@@ -144,18 +144,22 @@ class BucketReduction:
             self.collect(index)
         # Otherwise freed gradients wait in `param.grad`, where autograd adds to them.
 
-    def collect(self, index: int) -> bool:
-        """Move `param.grad` into the bucket if it is not there yet; return whether there is a gradient."""
-        param, spec = self.params[index], self.specs[index]
-        grad = param.grad
-        if grad is None:
-            return index in self.round.taken
+    def _fits(self, index: int, grad: Tensor) -> bool:
+        """Whether the bucket can take a gradient; a sparse one is an error of this round."""
+        spec, like = self.specs[index], self.buffer.params
         if grad.layout is not torch.strided:
             self._errors.append(sparse_gradient(spec.name, grad))
             return False
-        like = self.buffer.params
-        if grad.dtype is not like.dtype or grad.device != like.device or tuple(grad.shape) != spec.shape:
-            # The parameter was cast or moved; its values are checked, and the error raised, before the next step.
+        # Otherwise the parameter was cast or moved; its values are checked, and the error raised, before the next step.
+        return grad.dtype is like.dtype and grad.device == like.device and tuple(grad.shape) == spec.shape
+
+    def collect(self, index: int) -> bool:
+        """Move `param.grad` into the bucket if it is not there yet; return whether there is a gradient."""
+        param = self.params[index]
+        grad = param.grad
+        if grad is None:
+            return index in self.round.taken
+        if not self._fits(index, grad):
             return False
         if self.flat is None and self._can_be_sent(grad, index):
             self._use(grad.detach().as_strided((grad.numel(),), (1,)))
@@ -216,12 +220,11 @@ class BucketReduction:
                 self.carry[low - start : high - start].zero_()
 
     def reopen(self) -> None:
-        """Make the launched bucket ready to take more. What it held stays as the carried mean."""
+        """Make the launched, kept bucket ready to take more. What it held stays as the carried mean."""
         self.finish()
         if not self.round.late:
             self.round.late = True
             self.put_aside(())
-            self.round.taken.clear()
         self.note_dropped()
 
     # --- reduction -------------------------------------------------------------------------------------------------
@@ -285,21 +288,34 @@ class BucketReduction:
                 self.round.dropped.add(index)
 
     def collect_late(self) -> None:
-        """Take in what came or was assigned after the bucket was launched, and note what was dropped."""
+        """Take in what came or was assigned after the bucket was launched, and note what was dropped.
+
+        Where gradients are freed they stay in `param.grad` until the bucket's turn comes: one buffer is then enough.
+        """
         self.note_dropped()
         for index, param in self.params.items():
-            if param.grad is not None and not (self.keeps and self._is_in_place(index)):
-                self.reopen()
-                if self.collect(index):
+            if param.grad is None or (self.keeps and self._is_in_place(index)):
+                continue
+            if not self.keeps:
+                if self._fits(index, param.grad):
+                    self.round.late = True
                     self.round.again.add(index)
+                continue
+            self.reopen()
+            if self.collect(index):
+                self.round.again.add(index)
 
     def reduce_late(self, group: Collectives, dropped: set[int]) -> None:
         """Reduce the bucket again with what came after its launch; on ranks where nothing came, with zeros."""
         self.finish()
-        if not self.round.late:
+        if not (self.keeps and self.round.late):
             self.round.late = True
             self.put_aside(())
         self.forget_carried([i for i in self.params if i in dropped])
+        if not self.keeps:
+            self.round.taken.clear()
+            for index in self.round.again:
+                self.collect(index)
         self.start(group, again=True)
         self.finish()
         # The round goes on as if what came late had been there from the first.
@@ -317,7 +333,8 @@ class BucketReduction:
     def any_nonzero(self) -> bool:
         """Whether this rank sees a gradient other than zero; read on the host, once the bucket is finished."""
         parts = [self.mean] if self.carry is None else [self.carry, self.opened()]
-        return any(bool(part.any()) for part in parts)
+        late = [] if self.keeps else [self.params[index].grad for index in self.round.again]
+        return any(bool(part.any()) for part in (*parts, *late) if part is not None)
 
     def drop(self) -> None:
         """The user has dropped all gradients: forget those that are not in `param.grad` any more."""
