@@ -96,15 +96,17 @@ def test_freed_gradients_take_the_shard_and_at_most_three_buckets(world_size: in
 
 @pytest.mark.parametrize("way", ["under no_sync", "again and again"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_several_backwards_cost_the_whole_gradients_when_they_are_freed_and_nothing_when_they_are_kept(
+def test_several_backwards_cost_the_whole_gradients_when_they_are_freed_and_at_most_a_shard_when_they_are_kept(
     world_size: int, way: str
 ) -> None:
     for frees in (True, False):
         for of_rank in measured(world_size, frees):
             found, once = of_rank[way], of_rank["once"]
             assert found.plan.accumulated == (4 * found.numel if frees else 0)
-            assert found.nbytes + found.plan.parameters <= 1.01 * found.plan.peak_accumulating
+            # Without no_sync() the mean that a kept bucket holds already is put aside.
+            put_aside = 4 * found.numel / world_size if way == "again and again" and not frees else 0
+            assert found.nbytes + found.plan.parameters <= 1.01 * found.plan.peak_accumulating + put_aside
             if frees and world_size > 1:
                 assert found.nbytes > once.nbytes + 3 * found.numel, "accumulated gradients must be somewhere"
             if not frees:
-                assert found.nbytes <= once.nbytes + CAP
+                assert found.nbytes <= once.nbytes + put_aside + CAP

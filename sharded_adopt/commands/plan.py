@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
         "--dtype", metavar="DTYPE", help="of the parameters: fp64, fp32, bf16, fp16 (default: FILE's, fp32)"
     )
     job.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="gloo needs memory for what arrives")
-    job.add_argument("--accumulate", action="store_true", help="several backwards a step, under no_sync() or not")
+    job.add_argument("--accumulate", action="store_true", help="several backwards a step, under no_sync()")
     job.add_argument("--activations", type=_size, default=0, metavar="SIZE", help="also count this much: 10GiB")
     job.add_argument("--device-memory", type=_size, metavar="SIZE", help="exit with 6 if it is not enough: 80GiB, 24GB")
     optimizer = plan.add_argument_group("the optimizer")

@@ -56,7 +56,7 @@ class MemoryPlan:
     this rank's shard of the optimizer state, and the counters of all parameters. `main_parameters`: its fp32 values of
     16-bit parameters. `in_flight`: buffers for the buckets under way, borrowed within a step and kept for the next.
     `largest_gradient`: what autograd makes before it is in its bucket. `accumulated`: with `shard_gradients`, the whole
-    gradients that wait in `param.grad` where backward runs more than once before a step; else they add up in place.
+    gradients that wait in `param.grad` where backward runs more than once before a step; kept ones add up in place.
     `sent_gradients`, `sent_parameters`: on the wire, in a step in which every parameter has a gradient.
     """
 
@@ -83,7 +83,7 @@ class MemoryPlan:
 
     @property
     def peak_accumulating(self) -> int:
-        """The same with several backwards a step, under `no_sync()` or not."""
+        """The same with several backwards a step, all but the last under `no_sync()`."""
         return self.peak + self.accumulated
 
     @property
