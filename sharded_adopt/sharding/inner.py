@@ -151,11 +151,12 @@ class InnerOptimizer:
             if not is_of_segment(value, segment):
                 continue
             where = (place.bucket, key, value.dtype)
-            if where not in self._flat and where in self._inherited:
-                self._flat[where] = self._inherited[where]
-            elif where not in self._flat:
-                self._flat[where] = torch.zeros(buffer.bucket.shard_numel, dtype=value.dtype, device=value.device)
+            inherited = self._inherited.get(where)
+            if where not in self._flat:
+                self._flat[where] = value.new_zeros(buffer.bucket.shard_numel) if inherited is None else inherited
             state[key] = self._flat[where][place.shard_start : place.shard_start + place.numel]
+            if inherited is None:
+                state[key].copy_(value)  # not always zeros: Adagrad's is made with its class
 
     def inherit(self, other: InnerOptimizer) -> None:
         """Lay state that will be made next over the memory of `other`'s of the same name and dtype, as it stands."""
