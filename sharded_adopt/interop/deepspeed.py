@@ -135,16 +135,13 @@ _HELD_AS = ("deepspeed", "deepspeed_engine_wrapped", "engine", "deepspeed_engine
 
 def _wrapped(engine: Any) -> Iterator[Any]:
     """Yield the engine and, one after the other, what its wrappers hold, down to the optimizer that holds none."""
+    from sharded_adopt.interop.hosted import unwrapped
+
     for name in _HELD_AS:
         # An engine shows the attributes of its model as its own: once there, look no further.
         if not hasattr(type(engine), "zero_optimization_stage"):
             engine = getattr(engine, name, None) or engine
-    yield engine
-    seen = {id(engine)}
-    while (inner := getattr(engine, "optimizer", None)) is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        engine = inner
-        yield engine
+    yield from unwrapped(engine)
 
 
 register()

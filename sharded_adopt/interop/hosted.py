@@ -11,6 +11,7 @@ number of processes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,22 @@ def is_ours(optimizer: Any) -> bool:
     return isinstance(optimizer, (ADOPT, ShardedOptimizer))
 
 
+def unwrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield `optimizer` and, one after the other, what its wrappers hold, down to the optimizer that holds none.
+
+    The wrappers of accelerate, DeepSpeed (its engine too) and Lightning all name it `optimizer`.
+    """
+    yield optimizer
+    seen = {id(optimizer)}
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        optimizer = inner
+        yield optimizer
+
+
 def innermost(optimizer: Any) -> Any:
-    """Return the optimizer that really steps, inside the wrappers of accelerate, DeepSpeed and Lightning."""
-    seen: set[int] = set()
-    while not is_ours(optimizer) and id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        optimizer = getattr(optimizer, "_optimizer", None) or getattr(optimizer, "optimizer", None) or optimizer
-    return optimizer
+    """Return the optimizer that really steps, inside its wrappers."""
+    return list(unwrapped(optimizer))[-1]
 
 
 def require_ours(optimizer: Any, host: str) -> ADOPT | ShardedOptimizer:
