@@ -44,7 +44,8 @@ class ModuleWatch:
         self._homes: dict[int, str] = {}  # the held parameters in `module`, by id
         self._strangers: set[str] = set()  # the trainable parameters in `module` that were never held
         self._tree: list[tuple[weakref.ref[nn.Module], list[int], list[int]]] = []
-        self._overwritten: list[tuple[weakref.ref[nn.Module], str, str]] = []
+        # Module, attribute, the id that was there, and the id that came if it was held already.
+        self._overwritten: list[tuple[weakref.ref[nn.Module], str, int, int | None]] = []
         # Weak, so that the hook keeps nothing alive.
         this = weakref.ref(self)
 
@@ -64,17 +65,21 @@ class ModuleWatch:
     def _note(self, module: nn.Module, name: str, param: Tensor | None) -> None:
         before = module._parameters.get(name)
         if before is not None and before is not param and id(before) in self._held:
-            self._overwritten.append((weakref.ref(module), name, self._held[id(before)]))
+            self._overwritten.append(
+                (weakref.ref(module), name, id(before), id(param) if id(param) in self._held else None)
+            )
 
     def problem(self) -> Exception | None:
         """The error for a trainable parameter that has come where a held one was, or None. Reads identities only."""
         for place in list(self._overwritten):
-            module, name, held = place
+            module, name, old, tied = place
             now = None if (alive := module()) is None else alive._parameters.get(name)
+            if now is not None and id(now) == tied != old:
+                return _tied(self._held[old], self._held[tied])
             if now is None or id(now) in self._held:
                 self._overwritten.remove(place)
             elif now.requires_grad:
-                return _replaced([name], [held])
+                return _replaced([name], [self._held[old]])
         return self._compare()
 
     def _compare(self) -> Exception | None:
@@ -111,6 +116,13 @@ class ModuleWatch:
 
     def _trainable_strangers(self, module: nn.Module) -> list[str]:
         return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in self._held]
+
+
+def _tied(old: str, now: str) -> RuntimeError:
+    return RuntimeError(
+        f"parameter {old!r} was tied to {now!r} after the optimizer was made, and is held beside it: tie first, then "
+        "make the optimizer"
+    )
 
 
 def _replaced(new: list[str], lost: list[str]) -> RuntimeError:
