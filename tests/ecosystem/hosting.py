@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ def as_torchrun_rank(rank: int, world_size: int) -> None:
     os.environ.update(TORCHELASTIC_RUN_ID="forked", GROUP_RANK="0")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def free_port() -> int:
+    """A port for a launcher that cannot choose one by itself."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def make_net() -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make ecosystem")
 
 import pretrain
+from hosting import free_port
 from job import Job
 from journal import read as read_journal
 from ranks import run_ranks
@@ -71,12 +71,6 @@ def test_deepspeeds_launcher_runs_it_as_its_first_line_says(tmp_path: Path) -> N
     assert "1,298,880 parameters, ADOPT, ZeRO-2, world size 2, cpu" in ran.stdout
     assert "step 3/3  loss " in ran.stdout
     assert (tmp_path / "runs" / "deepspeed" / "latest").read_text() == "step-3"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _pretrain(rank: int, world_size: int, arguments: list[str]) -> None:

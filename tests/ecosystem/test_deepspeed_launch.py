@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosting import free_port
 
 from sharded_adopt import ADOPT
 
@@ -89,12 +89,6 @@ TORCHRUN = [console_script("torchrun"), "--standalone", "--nproc-per-node", "2",
 ARGUMENTS = ["--steps", "3", "--deepspeed_config", "ds_config.json"]
 
 
-def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
-
-
 def expected_weights() -> list[float]:
     """The same in one process; both ranks see the same batches."""
     torch.manual_seed(0)
@@ -127,7 +121,7 @@ def test_torchrun_runs_a_script_that_does_not_know_of_us(job: Path) -> None:
 
 
 def test_deepspeeds_launcher_runs_a_script_that_does_not_know_of_us(job: Path) -> None:
-    ranks = launch(job, DEEPSPEED[0], "--master_port", free_port(), *DEEPSPEED[1:], "code/train.py", *ARGUMENTS)
+    ranks = launch(job, DEEPSPEED[0], "--master_port", str(free_port()), *DEEPSPEED[1:], "code/train.py", *ARGUMENTS)
     assert_ran_as_python_would(job, ranks)
     assert [seen["arguments"] for seen in ranks] == [["--local_rank=0", *ARGUMENTS], ["--local_rank=1", *ARGUMENTS]]
 
