@@ -116,6 +116,7 @@ def _check_after_crash(root: Path, acknowledged: int, written: int) -> None:
 
 
 def test_killed_before_any_call_into_the_file_system_a_save_loses_nothing(tmp_path: Path) -> None:
+    # T22
     (tmp_path / "0").mkdir()
     template = tmp_path / "template"
     _prepare(template)
@@ -214,6 +215,7 @@ def _failing_saves(rank: int, world_size: int, root: Path, who: int) -> list[str
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_at_any_call_is_the_same_on_all_ranks_and_training_goes_on(tmp_path: Path, who: int) -> None:
+    # T31
     root = tmp_path / "root"
     _prepare(root)
     outcomes = run_ranks(2, _failing_saves, root, who)[0]
@@ -322,6 +324,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_i
 
 
 def test_a_second_writer_is_refused_while_one_writes(tmp_path: Path) -> None:
+    # T22
     _save(tmp_path, 1)
     before = tree(tmp_path)
     lock = RootLock(tmp_path)

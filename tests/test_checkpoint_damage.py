@@ -60,6 +60,7 @@ def _assert_falls_back(root: Path, newest: Path, what: str) -> None:
 
 
 def test_every_changed_byte_is_found_by_verify_and_by_load(alone: tuple[Path, Path, Path]) -> None:
+    # T22
     root, _, newest = alone
     numbers = random.Random(1)
     for file in sorted(newest.iterdir()):
@@ -458,6 +459,7 @@ def test_a_manifest_that_is_no_object_of_ours_is_corrupt(tmp_path: Path, text: b
 
 
 def test_a_later_version_of_the_format_is_told_from_damage_and_not_passed_over(alone: tuple[Path, Path, Path]) -> None:
+    # T22
     root, _, newest = alone
     rewrite_manifest(newest, _set("version", 2))
     optimizer = PlainOptimizer(SMALL)
@@ -471,6 +473,7 @@ def test_a_later_version_of_the_format_is_told_from_damage_and_not_passed_over(a
 
 
 def test_nothing_in_the_package_runs_code_from_a_file() -> None:
+    # T22
     forbidden = {"pickle", "marshal", "shelve", "dill"}
     calls = {"eval", "exec", "compile", "__import__"}
     package = Path(checkpoint.__file__).parent

@@ -125,6 +125,7 @@ def test_every_tensor_starts_on_a_multiple_of_its_element(tmp_path: Path) -> Non
 
 
 def test_padding_of_buckets_is_not_stored(tmp_path: Path) -> None:
+    # T38
     path = run_ranks(3, _save, tmp_path, LARGE, "crc32")[0].path
     manifest = json.loads((path / "manifest.json").read_bytes()[:-65])
     stored = sum(stop - start for file in manifest["files"] for _, start, stop in file["segments"])

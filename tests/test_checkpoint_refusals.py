@@ -55,6 +55,7 @@ def _mismatch(rank: int, world_size: int, root: Path) -> tuple[str, list[str], l
 
 
 def test_one_error_lists_every_missing_unexpected_and_misshapen_name_and_changes_nothing(tmp_path: Path) -> None:
+    # T21
     model = Rest(mean=torch.ones(3), count=torch.ones((), dtype=torch.int64), gone=torch.ones(2))
     run_ranks(2, _save, tmp_path, {"model": model})
     heard = run_ranks(2, _mismatch, tmp_path)
@@ -94,6 +95,7 @@ def test_not_strict_loads_the_names_that_both_have_and_returns_the_rest(tmp_path
 
 
 def test_groups_may_come_in_another_order_or_be_split_but_not_merged_across_values(tmp_path: Path) -> None:
+    # T21
     checkpoint.save(tmp_path, step=1, optimizer=PlainOptimizer(STORED, seed=1, lr=0.5))
 
     def regrouped(*groups: int) -> PlainOptimizer:
@@ -330,6 +332,7 @@ def _clip(step: float) -> float:
 
 def test_a_custom_clip_bound_must_be_there_before_anything_is_loaded(tmp_path: Path) -> None:
     """Only its name is stored. The optimizer would refuse it after the model had been written: it is asked before."""
+    # T40
 
     def made(**options: Any) -> tuple[nn.Module, ShardedADOPT]:
         model = nn.BatchNorm1d(2)

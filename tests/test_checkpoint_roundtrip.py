@@ -44,6 +44,7 @@ def _load_plain(rank: int, world_size: int, root: Path, seed: int) -> set[int | 
 
 @pytest.mark.parametrize(("saved", "loaded"), PAIRS)
 def test_any_world_size_loads_any_other_bit_for_bit(tmp_path: Path, saved: int, loaded: int) -> None:
+    # T21
     results = run_ranks(saved, _save_plain, tmp_path, 7, {"checksum": "crc32" if saved % 2 else "sha256"})
     assert len({(one.path, one.digest, one.nbytes) for one in results}) == 1
     assert run_ranks(loaded, _load_plain, tmp_path, 7) == [{None if saved == loaded else saved}] * loaded
@@ -52,6 +53,7 @@ def test_any_world_size_loads_any_other_bit_for_bit(tmp_path: Path, saved: int, 
 
 def test_reordered_memory_holds_the_same_logical_tensor() -> None:
     """The check above rests on this: the helper's two orders differ in memory and agree logically."""
+    # T11
     spec, plain = ODD[6], Spec("conv", ODD[6].shape)
     elements = whole(spec, "param", 0)
     assert not torch.equal(in_memory(plain, logical(spec, elements)), elements)
@@ -190,6 +192,7 @@ def _save_fresh(rank: int, world_size: int, root: Path, name: str) -> Any:
 @pytest.mark.parametrize("name", ["adopt", "sgd"])
 def test_a_checkpoint_of_step_zero_takes_a_trained_optimizer_back(tmp_path: Path, name: str) -> None:
     """An optimizer that makes its state at its first step has none in the checkpoint, and must have none after it."""
+    # T21
     fresh = run_ranks(2, _save_fresh, tmp_path, name)
     back = run_ranks(2, _train_then_load, tmp_path, name)
     _assert_equal(back[0][0], fresh[0][0])

@@ -118,6 +118,7 @@ def test_senseless_layouts_are_refused(world_size: int, cap: int, match: str) ->
 
 
 def test_more_than_2_to_the_31_elements_stay_integers() -> None:
+    # T39
     layout = make_layout([ParamSpec("huge", (3, 2**31 + 1), FP32, 4)], 2, 25 << 20)
     (segment,) = layout.segments(1)
     assert segment.stop == 3 * (2**31 + 1)

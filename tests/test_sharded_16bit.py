@@ -91,6 +91,7 @@ def sharded(rank: int, world_size: int, dtype: torch.dtype, frees: bool) -> tupl
 def test_sixteen_bit_parameters_equal_one_process_with_main_values(
     world_size: int, dtype: torch.dtype, frees: bool
 ) -> None:
+    # T15
     expected, mains = with_main_values(dtype, world_size)
     results = run_ranks(world_size, sharded, dtype, frees)
     for params, _ in results:

@@ -93,6 +93,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_named(case: str) -> None:
+    # T10, T12, T34, T35
     act, kind, told = BAD_INPUT[case]
     with pytest.raises(kind, match=told):
         act()
@@ -110,6 +111,7 @@ def dtensor_parameter(rank: int, world_size: int) -> str:
 
 
 def test_dtensor_parameters_are_sent_to_plain_adopt() -> None:
+    # T12
     assert all("'w' is a DTensor" in message for message in run_ranks(2, dtensor_parameter))
 
 
@@ -153,6 +155,7 @@ def differing(rank: int, world_size: int, what: str) -> str:
     ],
 )
 def test_ranks_that_disagree_are_told_the_first_difference(what: str, told: str) -> None:
+    # T34
     begin = time.monotonic()
     messages = run_ranks(2, differing, what)
     assert all(told in message for message in messages), messages
@@ -193,6 +196,7 @@ def add_group(rank: int, world_size: int, what: str) -> str:
     ],
 )
 def test_a_group_that_cannot_be_added_is_added_nowhere(what: str, told: str) -> None:
+    # T18
     for message in run_ranks(2, add_group, what):
         assert told in message, message
 
@@ -291,6 +295,7 @@ def another_lr(rank: int, world_size: int, reduces: bool) -> str:
 
 @pytest.mark.parametrize("reduces", [True, False])
 def test_a_learning_rate_that_differs_by_rank_is_named_at_the_step(reduces: bool) -> None:
+    # T17
     for message in run_ranks(2, another_lr, reduces):
         assert "parameter group 0: lr 0.1 against 0.2" in message
 
@@ -311,6 +316,7 @@ def killed_in_backward(rank: int, world_size: int) -> float:
 
 
 def test_a_killed_rank_is_an_error_on_the_others_at_once() -> None:
+    # T31
     from ranks import RanksFailed
 
     with pytest.raises(RanksFailed) as caught:

@@ -91,6 +91,7 @@ def assert_equals_one_process(
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_world_size_equals_one_process_bit_for_bit(name: str, world_size: int, cap: float) -> None:
+    # T2, T6, T11
     assert_equals_one_process(world_size, name, cap)
 
 
@@ -163,6 +164,7 @@ def complex_parameters(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_complex_parameters_equal_one_process(world_size: int) -> None:
+    # T13
     for ours, theirs in run_ranks(world_size, complex_parameters):
         assert torch.equal(ours, theirs)
 
@@ -207,6 +209,7 @@ def idle_rank(rank: int, world_size: int) -> list[Tensor]:
 
 
 def test_a_rank_without_a_batch_calls_step_and_counts_as_zero() -> None:
+    # T4
     expected, _ = train_unsharded(lambda m: ADOPT(m.parameters(), lr=0.05), 3, batches_of=every_other_batch)
     for params in run_ranks(3, idle_rank):
         assert_same(params, expected)

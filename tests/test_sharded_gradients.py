@@ -77,6 +77,7 @@ ACCUMULATED = [[(2 * s, "left"), (2 * s + 1, "right" if s else "left")] for s in
 @both_ways
 @pytest.mark.parametrize("overlap", [True, False])
 def test_accumulation_under_no_sync_equals_the_sum(overlap: bool, frees: bool) -> None:
+    # T25
     check(accumulate, ACCUMULATED, overlap, frees=frees)
 
 
@@ -91,6 +92,7 @@ def accumulate_without_no_sync(model: nn.Module, optimizer: ShardedADOPT, rank: 
 @both_ways
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_second_backward_without_no_sync_is_summed(overlap: bool, frees: bool) -> None:
+    # T26
     check(accumulate_without_no_sync, ACCUMULATED, overlap, frees=frees)
 
 
@@ -135,6 +137,7 @@ def leave_no_sync_by_an_exception(model: nn.Module, optimizer: ShardedADOPT, ran
 
 
 def test_an_exception_inside_no_sync_restores_synchronisation() -> None:
+    # T25
     check(leave_no_sync_by_an_exception, [[(s, "left")] for s in range(3)], exact=True)
 
 
@@ -164,11 +167,13 @@ STEPS_OF_ZERO = [[(s, "left" if s % 2 else "right")] for s in range(4)]
 
 @pytest.mark.parametrize("how", ["optimizer-none", "model-none", "by-hand"])
 def test_every_way_to_drop_gradients_is_the_same(how: str) -> None:
+    # T23
     check(zero(how), STEPS_OF_ZERO, exact=True)
 
 
 @pytest.mark.parametrize("how", ["optimizer-zero", "model-zero"])
 def test_zeroed_gradients_stay_gradients_as_in_torch(how: str) -> None:
+    # T23
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     for step in range(4):
@@ -213,6 +218,7 @@ def dropped_round(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
 
 
 def test_a_backward_that_was_dropped_before_the_step_leaves_nothing_behind() -> None:
+    # T27
     check(dropped_round, [[(s, "left")] for s in range(3)], exact=True)
 
 
@@ -230,6 +236,7 @@ def backward_then_nothing(model: nn.Module, optimizer: ShardedADOPT, rank: int) 
 
 @both_ways
 def test_a_step_without_gradients_changes_nothing(frees: bool) -> None:
+    # T27
     check(backward_then_nothing, [[(1, "left")]], exact=True, frees=frees)
 
 
@@ -303,6 +310,7 @@ def by_hand(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
 
 
 def test_gradients_set_by_hand_are_averaged() -> None:
+    # T24
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     for step in range(3):
@@ -325,6 +333,7 @@ def replaced_after_backward(model: nn.Module, optimizer: ShardedADOPT, rank: int
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_gradient_replaced_or_dropped_after_backward_counts(overlap: bool) -> None:
+    # T24
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     for step in range(3):
@@ -350,6 +359,7 @@ def edited_after_synchronisation(model: nn.Module, optimizer: ShardedADOPT, rank
 
 
 def test_editing_a_synchronised_gradient_counts() -> None:
+    # T24
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     for step in range(3):
@@ -420,6 +430,7 @@ def edited_in_flight(rank: int, world_size: int) -> str:
 
 
 def test_editing_a_gradient_while_it_is_reduced_is_an_error_on_all_ranks() -> None:
+    # T24
     messages = run_ranks(2, edited_in_flight)
     assert all("use this optimizer's clip_grad_norm_, not torch's" in message for message in messages)
 
@@ -436,6 +447,7 @@ def sparse(rank: int, world_size: int) -> str:
 
 
 def test_a_sparse_gradient_is_named_on_every_rank() -> None:
+    # T12
     assert all("'table.weight'" in message for message in run_ranks(2, sparse))
 
 
@@ -450,6 +462,7 @@ def unfrozen(model: nn.Module, optimizer: ShardedADOPT, rank: int) -> None:
 
 
 def test_freezing_and_unfreezing_while_training_equals_one_process() -> None:
+    # T19
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     for step in range(5):
@@ -480,6 +493,7 @@ def dummy_step(rank: int, world_size: int) -> list[Tensor]:
 
 
 def test_a_dummy_step_of_zero_gradients_does_not_count() -> None:
+    # T20
     expected = on_the_sum([[(s, "left")] for s in range(3)], 2)
     for params in run_ranks(2, dummy_step):
         assert_same(params, expected)
@@ -502,6 +516,7 @@ def test_one_nonzero_element_anywhere_makes_the_step_count_on_every_rank() -> No
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 2.5, float("inf")])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_clipping_equals_torch_on_the_averaged_gradient(norm_type: float, world_size: int, frees: bool) -> None:
+    # T29
     model = AwkwardModel()
     optimizer = ADOPT(model.parameters(), **LR)
     norms = []
@@ -543,5 +558,6 @@ def clip_nonfinite(rank: int, world_size: int) -> str:
 
 
 def test_a_norm_that_is_not_finite_raises_on_every_rank_if_asked() -> None:
+    # T29
     first, second = run_ranks(2, clip_nonfinite)
     assert first == second

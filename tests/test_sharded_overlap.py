@@ -218,4 +218,5 @@ def fires_twice(rank: int, world_size: int) -> int:
 
 def test_reentrant_checkpointing_fires_a_hook_once_for_each_piece() -> None:
     """What the programs above rely on: else they would not test what they say."""
+    # T26
     assert run_ranks(2, fires_twice) == [2, 2]

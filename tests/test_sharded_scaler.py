@@ -44,6 +44,7 @@ def scaled(rank: int, world_size: int, frees: bool, clips: bool) -> tuple[list[T
 def test_all_ranks_skip_the_same_steps_and_the_rest_equals_one_process(
     world_size: int, frees: bool, clips: bool
 ) -> None:
+    # T30
     model = AwkwardModel()
     optimizer = ADOPT(model.named_parameters(), lr=0.05)
     for step in range(7):
@@ -88,6 +89,7 @@ def padding_after_nan(rank: int, world_size: int) -> None:
 
 
 def test_padding_stays_zero_also_after_a_gradient_of_nan() -> None:
+    # T38
     run_ranks(2, padding_after_nan)
 
 

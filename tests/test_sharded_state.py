@@ -60,6 +60,7 @@ def eager(rank: int, world_size: int, cls: type[torch.optim.Optimizer]) -> None:
 def test_state_is_there_from_the_start_and_as_large_as_planned(
     world_size: int, cls: type[torch.optim.Optimizer]
 ) -> None:
+    # T14
     run_ranks(world_size, eager, cls)
 
 
@@ -90,6 +91,7 @@ def save_and_go_on(rank: int, world_size: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["sharded", "full", "deepcopy"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_loaded_state_goes_on_bit_for_bit(world_size: int, how: str) -> None:
+    # T21
     run_ranks(world_size, save_and_go_on, how)
 
 
@@ -223,6 +225,7 @@ def state_dict_before_training(rank: int, world_size: int, call: bool) -> list[T
 
 
 def test_reading_the_state_before_the_first_step_is_inert() -> None:
+    # T20
     for with_call, without in zip(
         run_ranks(2, state_dict_before_training, True), run_ranks(2, state_dict_before_training, False), strict=True
     ):
@@ -255,6 +258,7 @@ def test_a_flat_shard_knows_its_place_in_the_whole(dim_order: tuple[int, ...]) -
 
 
 def test_a_sharded_optimizer_refuses_to_be_copied_or_pickled() -> None:
+    # T37
     _, optimizer = make()
     with pytest.raises(TypeError, match="copy its full_state_dict"):
         copy.deepcopy(optimizer)

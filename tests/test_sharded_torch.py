@@ -36,6 +36,7 @@ def with_scheduler(rank: int, world_size: int) -> tuple[list[Tensor], list[float
 
 
 def test_a_scheduler_moves_lr_and_betas_on_every_rank() -> None:
+    # T16
     model = AwkwardModel()
     optimizer = ADOPT(model.named_parameters(), lr=0.05)
     scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
@@ -80,6 +81,7 @@ def with_edits(rank: int, world_size: int) -> list[Tensor]:
 
 
 def test_an_edited_hyperparameter_counts_from_the_next_step() -> None:
+    # T16
     model = AwkwardModel()
     optimizer = ADOPT(model.named_parameters(), lr=0.05)
     for step in range(7):
@@ -118,6 +120,7 @@ def test_hooks_fire_once_a_step(cls: type[torch.optim.Optimizer]) -> None:
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+    # T36
     model = nn.Linear(3, 1)
     optimizer = ShardedADOPT(model.parameters(), lr=0.1)
 
@@ -152,6 +155,7 @@ def added_group(rank: int, world_size: int) -> tuple[list[Tensor], list[float]]:
 
 
 def test_a_group_added_while_training_starts_at_step_0_and_leaves_the_rest() -> None:
+    # T18
     model, extra = AwkwardModel(), nn.Parameter(torch.full((7,), 0.5))
     optimizer = ADOPT(model.named_parameters(), lr=0.05)
     for step in range(6):
