@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory import allocated
+from allocator import allocated
 from ranks import run_ranks
 from test_memory_plan import CAP, Case, Model
 from torch import Tensor

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from memory import allocated, storages
+from allocator import allocated
 from ranks import run_ranks
+from resident import storages
 from torch import Tensor, nn
 
 from sharded_adopt import ADOPT, ShardedOptimizer

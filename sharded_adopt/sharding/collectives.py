@@ -171,11 +171,11 @@ class Collectives:
         sent = self._cast(buffer, dtype)
         if self.exchanges:
             return _MeanOfSlices(self, target, sent, sent is not buffer, tag, what)
-        shard = self._slices(sent)[self.rank]
         # NCCL sums into its output, which may be a slice of its input.
+        shard = target if sent is buffer else self._slices(sent)[self.rank]
         work = dist.reduce_scatter_tensor(shard, sent, op=dist.ReduceOp.AVG, group=self._data, async_op=True)
         works = _Works([(work, f"rank {self.rank} reduces {what}")], self._timedelta)
-        return _Copied(self, works, None if sent is buffer else sent, [(target, shard)])
+        return works if sent is buffer else _Copied(self, works, sent, [(target, shard)])
 
     def all_gather_(
         self, buffer: Tensor, tag: int, dtype: torch.dtype | None = None, what: str = "parameters"
