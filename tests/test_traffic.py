@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -113,7 +114,8 @@ def own_network_is_allowed() -> bool:
 def test_two_ranks_send_at_most_4_02_bytes_a_parameter_by_the_loopback_counters(frees: bool) -> None:
     # Elsewhere other processes would be counted too.
     command = [*OWN_NETWORK, sys.executable, __file__, json.dumps(frees)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(command, env=paths, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
     for bytes_a_parameter, planned in json.loads(ran.stdout):
         assert 4.0 <= bytes_a_parameter <= 4.02
