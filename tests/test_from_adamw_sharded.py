@@ -283,3 +283,36 @@ def test_an_optimizer_that_was_refused_can_still_be_used() -> None:
     train_sharded(model, old, 0, BEFORE)
     with pytest.raises(TypeError, match="ShardedOptimizer"):
         ADOPT.from_adamw(old)
+
+
+def _fsdp(rank: int, world_size: int) -> list[torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = _small_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    _through_the_switch(model)
+    return [param.full_tensor().detach() for param in model.parameters()]  # type: ignore[attr-defined]
+
+
+def _small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def _through_the_switch(model: nn.Module) -> None:
+    optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=0.01, foreach=False)
+    for step in range(6):
+        if step == 3:
+            optimizer = ADOPT.from_adamw(optimizer, state_dtype=(torch.float32, torch.bfloat16))
+        optimizer.zero_grad()
+        inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        model(inputs).square().mean().backward()  # the same batch on each rank: the mean over ranks is exact
+        optimizer.step()
+
+
+def test_adamw_over_fsdp2_is_continued_on_its_dtensors() -> None:
+    model = _small_model()
+    _through_the_switch(model)
+    for params in run_ranks(2, _fsdp):
+        assert_same(params, list(model.parameters()))
