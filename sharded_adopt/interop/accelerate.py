@@ -25,7 +25,9 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
 
     Raises `RuntimeError` if none of the optimizers that run is one of ours (accelerate swaps a client's optimizer for
     DeepSpeedCPUAdam where DeepSpeed offloads), and `ValueError` for a sharded one that averages the gradients although
-    the model was wrapped in DistributedDataParallel, which does.
+    the model was wrapped in DistributedDataParallel, which does. Where a sharded optimizer averages by itself, the
+    `clip_grad_norm_` and `clip_grad_value_` of `accelerator` raise `RuntimeError` from then on: they see what this rank
+    holds only, and every rank would clip by another norm.
     """
     prepared = accelerator.prepare(*objects)
     for one in objects:
@@ -39,7 +41,16 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     if any(isinstance(one, DistributedDataParallel) for one in each):
         for one in optimizers:
             require_given_gradients(one, "accelerate")
+    if accelerator.num_processes > 1 and any(getattr(one, "reduces_gradients", False) for one in optimizers):
+        accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _refuse_to_clip
     return prepared
+
+
+def _refuse_to_clip(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "the gradients of a sharded optimizer that averages them lie in shards, of which accelerate sees one; "
+        "clip with optimizer.optimizer.clip_grad_norm_(max_norm) on the prepared optimizer"
+    )
 
 
 def save_state(accelerator: Accelerator, output_dir: str | Path | None = None, **keywords: Any) -> str:

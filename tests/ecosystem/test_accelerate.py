@@ -156,7 +156,7 @@ def test_state_saved_by_accelerate_alone_is_refused_on_every_rank(tmp_path: Path
     assert str(failed.value).count("--- rank") == 2
 
 
-def natively(rank: int, world_size: int) -> list[Tensor]:
+def natively(rank: int, world_size: int, max_norm: float | None) -> list[Tensor]:
     as_torchrun_rank(rank, world_size)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
     model = make_net()
@@ -167,15 +167,26 @@ def natively(rank: int, world_size: int) -> list[Tensor]:
                 if not accelerator.sync_gradients:
                     stack.enter_context(optimizer.optimizer.no_sync())
                 accelerator.backward(loss_of(model, micro_batch(step, micro, rank)))
+                if max_norm is not None and accelerator.sync_gradients:
+                    with pytest.raises(RuntimeError, match=r"clip with optimizer\.optimizer\.clip_grad_norm_"):
+                        accelerator.clip_grad_norm_(model.parameters(), max_norm)
+                    optimizer.optimizer.clip_grad_norm_(max_norm)
                 optimizer.step()
                 optimizer.zero_grad()
     return values(model)
 
 
-def test_without_ddp_the_optimizer_averages_by_itself(tmp_path: Path) -> None:
-    """Only the optimizer is prepared; clipping is then its own `clip_grad_norm_`."""
-    for params in run_ranks(2, natively):
+def test_without_ddp_the_optimizer_averages_by_itself() -> None:
+    """Only the optimizer is prepared."""
+    for params in run_ranks(2, natively, None):
         assert_same_bits(params, expected(2, clips=False))
+
+
+def test_accelerates_clipping_is_refused_where_the_optimizer_averages_and_its_own_clips() -> None:
+    """Named tolerance: our norm is taken in double, rank by rank. Every rank clipped by the norm of its own shard."""
+    for params in run_ranks(2, natively, MAX_NORM):
+        for ours, theirs in zip(params, expected(2), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def averages_twice(rank: int, world_size: int) -> None:
