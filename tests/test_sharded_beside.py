@@ -109,3 +109,26 @@ def test_a_compiled_model_trains_as_the_model(frees: bool) -> None:
     ):
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def checkpointed(rank: int, world_size: int, kind: str, frees: bool) -> list[Tensor]:
+    from torch.utils.checkpoint import checkpoint
+
+    model = small_model()
+    optimizer = ShardedADOPT(model.parameters(), lr=0.05, bucket_cap_mb=100 / 2**20, shard_gradients=frees)
+    for step in range(4):
+        optimizer.zero_grad()
+        x = data(step, rank).requires_grad_()
+        for layer in model:  # every layer by itself, so that its parameters' hooks fire in a backward of their own
+            x = checkpoint(layer, x, use_reentrant=kind == "reentrant") if kind else layer(x)
+        x.square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_activation_checkpointing_changes_no_bit(kind: str, frees: bool) -> None:
+    expected = run_ranks(2, checkpointed, "", frees)
+    for ours, plain in zip(run_ranks(2, checkpointed, kind, frees), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

@@ -416,6 +416,40 @@ def test_a_gradient_dropped_on_one_rank_only_is_an_error_on_all() -> None:
         assert "dropped on some ranks" in message
 
 
+def unevenly_dropped(rank: int, world_size: int, synchronizes: bool) -> str:
+    """After this backward some buckets are full, and on their way, on one rank only."""
+    model = AwkwardModel()
+    optimizer = ShardedADOPT(model.named_parameters(), **LR, bucket_cap_mb=MANY_BUCKETS)
+    loss = model(*batch(50, rank, "left"))
+    (loss + model(*batch(51, rank, "right")) if rank else loss).backward()
+    if synchronizes:
+        optimizer.synchronize_gradients()
+    model.zero_grad()
+    model(*batch(0, rank, "left")).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    twin = AwkwardModel()
+    plain = ADOPT(twin.parameters(), **LR)
+    for p, mean in zip(
+        twin.parameters(), averaged_gradients(twin, [batch(0, r, "left") for r in range(world_size)]), strict=True
+    ):
+        p.grad = mean
+    plain.step()
+    state = optimizer.full_state_dict(rank0_only=False)["state"]
+    for index, p in enumerate(twin.parameters()):
+        if p in plain.state:
+            assert torch.equal(state[index]["exp_avg_sq"], plain.state[p]["exp_avg_sq"])
+    return ""
+
+
+def test_a_round_that_ranks_dropped_unevenly_is_an_error_unless_synchronised_before() -> None:
+    for message in run_ranks(2, unevenly_dropped, False):
+        assert "call synchronize_gradients() before zero_grad()" in message
+    assert run_ranks(2, unevenly_dropped, True) == ["", ""]
+
+
 def edited_in_flight(rank: int, world_size: int) -> str:
     model = AwkwardModel()
     optimizer = ShardedADOPT(model.named_parameters(), **LR)

@@ -67,6 +67,40 @@ def test_all_ranks_skip_the_same_steps_and_the_rest_equals_one_process(
     assert len(set(results[0][1])) > 2, "the scale went up and down"
 
 
+def scaled_bf16(rank: int, world_size: int, frees: bool, scales: bool) -> dict[str, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).bfloat16()
+    optimizer = ShardedADOPT(
+        model.named_parameters(), lr=1e-3, bucket_cap_mb=50 / 2**20, shard_gradients=frees, main_params="fp32"
+    )
+    scaler = GradScaler("cpu", init_scale=8.0, growth_interval=2, enabled=scales)
+    for step in range(6):
+        if step in BAD_STEPS and not scales:
+            continue
+        optimizer.zero_grad()
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank)).bfloat16()
+        loss = model(x).float().square().mean()
+        before = {n: {k: t.clone() for k, t in s.items()} for n, s in optimizer.local_shards().items()}
+        scaler.scale(loss * float("inf") if BAD_STEPS.get(step) == rank else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step in BAD_STEPS:
+            for name, tensors in optimizer.local_shards().items():
+                assert all(torch.equal(tensor, before[name][key]) for key, tensor in tensors.items()), name
+    assert all(shard["param"].dtype is torch.float32 for shard in optimizer.local_shards().values())
+    return {name: dict(tensors) for name, tensors in optimizer.local_shards().items()}
+
+
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
+def test_a_skipped_step_leaves_main_values_and_the_rest_equals_unscaled_training(frees: bool) -> None:
+    # A power of two neither rounds a bf16 gradient nor its mean.
+    for scaled, plain in zip(
+        run_ranks(2, scaled_bf16, frees, True), run_ranks(2, scaled_bf16, frees, False), strict=True
+    ):
+        for name, tensors in plain.items():
+            assert all(torch.equal(scaled[name][key], tensor) for key, tensor in tensors.items()), name
+
+
 def padding_after_nan(rank: int, world_size: int) -> None:
     model = AwkwardModel()
     optimizer = ShardedADOPT(model.named_parameters(), lr=0.05)

@@ -155,7 +155,8 @@ class GradientReducer:
             names = [self._layout.params[i].name for i in disputed]
             error = RuntimeError(
                 f"the gradients of {names} were dropped on some ranks after backward and kept on others: every rank "
-                "must do the same before step()"
+                "must do the same before step(); where ranks use different parameters, call synchronize_gradients() "
+                "before zero_grad()"
             )
         if failed or disputed:
             self.finish_all()
