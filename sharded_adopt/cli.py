@@ -1,8 +1,8 @@
 """The `sharded-adopt` command: its parser, and the exit code of every error. The commands are in `commands/`.
 
 Exit codes: 0 good, 1 corrupt, 2 usage, 3 none found, 4 does not fit this program, 5 input or output failed, 6 too large
-for the device. With `--json` the result is one JSON value on the standard output, an error being
-`{"error": …, "message": …}`; without it, a table.
+for the device; those of `doctor` with a DeepSpeed config are 0 clean, 1 warnings, 2 errors. With `--json` the result is
+one JSON value on the standard output, an error being `{"error": …, "message": …}`; without it, a table.
 """
 
 from __future__ import annotations

@@ -56,7 +56,12 @@ def _enter() -> None:
                 f'"type": "{name}"; pass the optimizer to deepspeed.initialize(optimizer=...) instead'
             )
         setattr(torch.optim, name, _constructor(optimizer_class))
-    asked = engine.is_zero_supported_optimizer
+    asked = getattr(engine, "is_zero_supported_optimizer", None)
+    if asked is None:
+        raise RuntimeError(
+            "this DeepSpeed does not ask is_zero_supported_optimizer, which version 0.19.8 does; "
+            "install a version that sharded-adopt[deepspeed] allows, or report this"
+        )
     if not hasattr(asked, "knows_adopt"):
         engine.is_zero_supported_optimizer = _supporting_adopt(asked)
 
