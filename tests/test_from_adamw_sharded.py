@@ -316,3 +316,19 @@ def test_adamw_over_fsdp2_is_continued_on_its_dtensors() -> None:
     _through_the_switch(model)
     for params in run_ranks(2, _fsdp):
         assert_same(params, list(model.parameters()))
+
+
+@pytest.mark.parametrize("sharded_before", [False, True])
+def test_a_zero_gradient_right_after_the_switch_is_a_step_and_no_dummy(sharded_before) -> None:
+    param = nn.Parameter(torch.ones(3))
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0}
+    old = ShardedOptimizer([param], AdamW, **options) if sharded_before else AdamW([param], **options)
+    param.sum().backward()
+    old.step()
+    new = ShardedADOPT.from_adamw(old)
+    new.zero_grad()
+    before = param.detach().clone()
+    (0 * param.sum()).backward()
+    new.step()
+    assert new.full_state_dict()["state"][0]["step"] == 2
+    torch.testing.assert_close(param.detach(), before - 0.1 * 0.9)  # momentum goes on
