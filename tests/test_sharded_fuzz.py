@@ -20,6 +20,7 @@ Action = tuple[str, int]
 
 
 KINDS = ["backward"] * 5 + ["accumulate"] * 2 + ["step"] * 3 + ["zero"] * 2 + ["synchronize", "scale", "clip"]
+KINDS += ["freeze", "move", "lr"]
 
 
 def actions(seed: int) -> list[Action]:
@@ -42,11 +43,24 @@ def double(seed: int, number: int, rank: int) -> Batch | None:
     return tokens, image.double(), ["left", "right", "neither"][(number // 7 + shift * (number % 3)) % 3]
 
 
+def change(kind: str, number: int, model: AwkwardModel, optimizer: torch.optim.Optimizer) -> None:
+    """What a user does to the model and the groups between backwards."""
+    if kind == "freeze":
+        param = [model.left, model.right, model.pair][number % 3]
+        param.requires_grad_(not param.requires_grad)
+    elif kind == "move":
+        for p in model.parameters():
+            p.data = p.data.clone()
+    elif kind == "lr":
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 + number % 7)
+
+
 def one_process(seed: int, world_size: int, frees: bool) -> list[Tensor]:
     model = AwkwardModel().double()
     optimizer = ADOPT(model.parameters(), lr=0.05)
     held: list[Tensor | None] = [None] * len(list(model.parameters()))
     for kind, number in actions(seed):
+        change(kind, number, model, optimizer)
         if kind in ("backward", "accumulate"):
             means = averaged_gradients(model, [double(seed, number, rank) for rank in range(world_size)])
             held = [m if h is None else h if m is None else h + m for h, m in zip(held, means, strict=True)]
@@ -77,6 +91,7 @@ def several_ranks(rank: int, world_size: int, seeds: list[int], frees: bool) -> 
             shard_gradients=frees,
         )
         for kind, number in actions(seed):
+            change(kind, number, model, optimizer)
             one = double(seed, number, rank)
             if kind == "backward" and one is not None:
                 model(*one).backward()
