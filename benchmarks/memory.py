@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from allocator import allocated
+from measured import machine
 from report import memory_chart, memory_table
-from step import machine
 from torch import Tensor
 from train_step import CONTEXT, GPT, VARIANTS, VOCABULARY, Variant
 

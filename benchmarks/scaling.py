@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measured import machine
 from report import scaling_chart, scaling_table
-from step import gpt2_shapes, machine
+from step import gpt2_shapes
 from torch.nn import Parameter
 
 from sharded_adopt import ShardedADOPT

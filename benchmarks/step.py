@@ -18,25 +18,22 @@ import argparse
 import importlib
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from floor import make_floor
+from measured import machine, ratio
 from report import chart, table
 from torch import Tensor
 from torch.nn import Parameter
 
 from sharded_adopt import ADOPT
-from sharded_adopt.kernels import fused
 
 OURS = "sharded_adopt"
 
@@ -130,15 +127,10 @@ def measure(work: str, threads: int, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "load": [load_before, os.getloadavg()[0]],
         "seconds": times,
-        "of_floor": {name: _ratio(values, times["floor"]) for name, values in times.items()},
-        "of_adamw": _ratio(times[OURS], times["torch AdamW fused"]) if "torch AdamW fused" in times else None,
+        "of_floor": {name: ratio(values, times["floor"]) for name, values in times.items()},
+        "of_adamw": ratio(times[OURS], times["torch AdamW fused"]) if "torch AdamW fused" in times else None,
         "extra_bytes_a_parameter": extra,
     }
-
-
-def _ratio(times: list[float], reference: list[float]) -> dict[str, float]:
-    ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def _high_water_growth(step: Callable[[], object]) -> int:
@@ -155,24 +147,6 @@ def _high_water_growth(step: Callable[[], object]) -> int:
 def _kib(status: Path, field: str) -> int:
     (line,) = (line for line in status.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1])
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    found = {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torch-adopt", "pytorch_optimizer"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    status = fused.status()
-    found["kernel"] = f"C, {status.cpu}" if status.cpu else status.cpu_reason
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step import machine
+from measured import machine, ratio
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -327,17 +327,12 @@ def measure(names: list[str], world_size: int, rounds: int) -> dict[str, Any]:
             "what": VARIANTS[name][0],
             "seconds": each,
             "step_seconds": statistics.median(one[1] for one in found["seconds"][name]),
-            "of": {other: _ratio(each, totals[other]) for other in ("ddp-adopt", "ddp-adamw-fused") if other in totals},
+            "of": {other: ratio(each, totals[other]) for other in ("ddp-adopt", "ddp-adamw-fused") if other in totals},
             "bytes_sent": statistics.median(found["sent"][name]) / numel if counts_bytes else None,
         }
         for name, each in totals.items()
     }
     return results
-
-
-def _ratio(times: list[float], reference: list[float]) -> dict[str, float]:
-    ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -436,11 +431,7 @@ def main() -> None:
     arguments = parser.parse_args()
     _in_own_network()
     names, left_out = _installed(arguments.only)
-    about = machine()
-    if "deepspeed" not in about:
-        with contextlib.suppress(PackageNotFoundError):
-            about["deepspeed"] = version("deepspeed")
-    results = {"machine": about, "left_out": left_out, **measure(names, 2, arguments.rounds)}
+    results = {"machine": machine(), "left_out": left_out, **measure(names, 2, arguments.rounds)}
     text = report(results)
     print(text)
     if arguments.dry:
