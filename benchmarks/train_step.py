@@ -6,8 +6,9 @@
 A GPT of 42.0 M fp32 parameters (8 layers, width 512, 16,384 tokens), one sequence of 64 tokens a rank, one thread a
 rank. All variants are set up in the same two processes; a round runs one step of each, in an order that rotates from
 round to round, and a ratio is taken between two times of the same round. The time of a step is that of the slowest
-rank, from before the forward to after `zero_grad`. Bytes on the wire are those of the loopback interface of a network
-namespace of its own, all ranks together over their number; without the right to make one they are left out.
+rank, from before the forward to after `zero_grad`; so is its CPU time, of all threads of the process. Bytes on the wire
+are those of the loopback interface of a network namespace of its own, all ranks together over their number; without the
+right to make one they are left out.
 
 A variant whose package is not installed is left out, and said so.
 """
@@ -22,6 +23,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -281,12 +283,15 @@ def run_rank(rank: int, world_size: int, directory: str, names: list[str], round
             dist.barrier()
             before = loopback_bytes()
             dist.barrier()
+            used = resource.getrusage(resource.RUSAGE_SELF)
             start = time.perf_counter()
             variant.backward(tokens)
             middle = time.perf_counter()
             variant.step()
             end = time.perf_counter()
-            times = torch.tensor([end - start, end - middle], dtype=torch.float64)
+            cpu = resource.getrusage(resource.RUSAGE_SELF)
+            user, system = cpu.ru_utime - used.ru_utime, cpu.ru_stime - used.ru_stime
+            times = torch.tensor([end - start, end - middle, user, system], dtype=torch.float64)
             dist.barrier()
             after = loopback_bytes()
             dist.all_reduce(times, op=dist.ReduceOp.MAX)
@@ -326,7 +331,10 @@ def measure(names: list[str], world_size: int, rounds: int) -> dict[str, Any]:
         name: {
             "what": VARIANTS[name][0],
             "seconds": each,
-            "step_seconds": statistics.median(one[1] for one in found["seconds"][name]),
+            **{
+                key: statistics.median(one[place] for one in found["seconds"][name])
+                for place, key in enumerate(("step_seconds", "user_seconds", "system_seconds"), start=1)
+            },
             "of": {other: ratio(each, totals[other]) for other in ("ddp-adopt", "ddp-adamw-fused") if other in totals},
             "bytes_sent": statistics.median(found["sent"][name]) / numel if counts_bytes else None,
         }
@@ -345,8 +353,9 @@ def report(results: dict[str, Any]) -> str:
         f"{results['load']:.1f}. Ratios are medians over the rounds (least to most). Rerun: "
         "`python benchmarks/train_step.py`.",
         "",
-        "| | x DDP + torch-adopt | x DDP + fused AdamW | ms | of it `step()` | bytes sent, a rank and parameter |",
-        "|---|---|---|---|---|---|",
+        "| | x DDP + torch-adopt | x DDP + fused AdamW | ms | of it `step()` | CPU ms a rank, user + system | "
+        "bytes sent, a rank and parameter |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in results["variants"].values():
         spreads = [
@@ -357,7 +366,7 @@ def report(results: dict[str, Any]) -> str:
         milliseconds = statistics.median(one["seconds"]) * 1e3
         lines.append(
             f"| {one['what']} | {spreads[0]} | {spreads[1]} | {milliseconds:.0f} | {one['step_seconds'] * 1e3:.0f} | "
-            f"{sent} |"
+            f"{one['user_seconds'] * 1e3:.0f} + {one['system_seconds'] * 1e3:.0f} | {sent} |"
         )
     left_out = results["left_out"]
     if left_out:
