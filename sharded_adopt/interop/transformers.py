@@ -22,12 +22,13 @@ def adopt_for(args: TrainingArguments, **arguments: Any) -> tuple[type[ADOPT | S
     """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes for these `TrainingArguments`.
 
     `ShardedADOPT` where DistributedDataParallel trains on several processes, `ADOPT` otherwise (one process, DeepSpeed,
-    FSDP). `learning_rate` is its lr; `weight_decay` comes with Trainer's groups. `optim_args` holds ADOPT's arguments
-    as text: `optim_args="beta2=0.999,clip_exponent=none,decouple=true"` (`interop.scalars`); `arguments` win over both,
-    and may be those of `ShardedOptimizer` too where it is used.
+    FSDP). `learning_rate` is its lr; `weight_decay` comes with Trainer's groups, which hold a value of their own each,
+    so it belongs into `TrainingArguments`. `optim_args` holds ADOPT's other arguments as text:
+    `optim_args="beta2=0.999,clip_exponent=none,decouple=true"` (`interop.scalars`); `arguments` win over it and over
+    `learning_rate`, and may be those of `ShardedOptimizer` too where it is used.
 
-    Raises `ValueError` for an `optim_args` that cannot be meant so, and where one of `adam_beta1`, `adam_beta2`,
-    `adam_epsilon` was changed: they are Adam's and would be passed over in silence.
+    Raises `ValueError` for an `optim_args` that cannot be meant so, and for what would be passed over in silence:
+    `weight_decay` in `optim_args` or `arguments`, and `adam_beta1`, `adam_beta2`, `adam_epsilon` where one was changed.
     """
     defaults = {field.name: field.default for field in TrainingArguments.__dataclass_fields__.values()}
     for name in _ADAMS:
@@ -35,6 +36,11 @@ def adopt_for(args: TrainingArguments, **arguments: Any) -> tuple[type[ADOPT | S
             option = name.removeprefix("adam_").replace("epsilon", "eps")
             raise ValueError(f"{name}={getattr(args, name)} is not ADOPT's: write optim_args='{option}=...'")
     options = {"lr": args.learning_rate, **from_scalars(parse(args.optim_args)), **arguments}
+    if "weight_decay" in options:
+        raise ValueError(
+            f"weight_decay={options['weight_decay']} would not be used: each of Trainer's groups holds a value of its "
+            f"own, from the TrainingArguments; write TrainingArguments(weight_decay={options['weight_decay']}) instead"
+        )
     if _wraps_in_ddp(args):
         return ShardedADOPT, {"reduce_gradients": False, **options}
     return ADOPT, options

@@ -190,6 +190,21 @@ def test_an_argument_of_adam_that_would_be_passed_over_is_refused(tmp_path: Path
         adopt_for(training_arguments(tmp_path, adam_beta2=0.95))
 
 
+def test_weight_decay_is_trainers_and_refused_where_trainer_would_not_use_it(tmp_path: Path) -> None:
+    for optim_args, arguments in ((None, {"weight_decay": 0.3}), ("weight_decay=0.3,decouple=true", {})):
+        with pytest.raises(ValueError, match=r"write TrainingArguments\(weight_decay=0\.3\) instead"):
+            adopt_for(training_arguments(tmp_path, optim_args=optim_args), **arguments)
+    args = training_arguments(tmp_path, optim_args="decouple=true", weight_decay=0.3)
+    trainer = Trainer(Net(), args, train_dataset=data(), optimizer_cls_and_kwargs=adopt_for(args))
+    trainer.train()
+    assert [group["weight_decay"] for group in trainer.optimizer.optimizer.param_groups] == [0.3, 0.0]
+    # and this is what adopt_for refuses: the value in the keywords counts for nothing
+    entry = (ADOPT, {"lr": 0.05, "weight_decay": 0.3})
+    plain = Trainer(Net(), training_arguments(tmp_path), train_dataset=data(), optimizer_cls_and_kwargs=entry)
+    plain.train()
+    assert [group["weight_decay"] for group in plain.optimizer.optimizer.param_groups] == [0.0, 0.0]
+
+
 def test_the_callback_refuses_a_trainer_that_runs_another_optimizer(tmp_path: Path) -> None:
     """A `Trainer` whose ADOPT was forgotten, or dropped on the way, trains with AdamW without a word."""
     trainer = Trainer(Net(), training_arguments(tmp_path), train_dataset=data(), callbacks=[AdoptCallback()])
