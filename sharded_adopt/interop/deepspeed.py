@@ -7,7 +7,9 @@ do not. DeepSpeed itself is not imported here: the names are entered as soon as 
 It has no registry. A name that is not one of its own is looked up in torch.optim, so that is where ADOPT goes. ZeRO
 refuses optimizers that are not on a list, exact types only, unless `zero_allow_untested_optimizer` is set; the list is
 asked through `is_zero_supported_optimizer`, which is also the one place that knows, before anything is cut, both the
-optimizer and that ZeRO will cut it.
+optimizer and that ZeRO will cut it. Without ZeRO it is not asked; the engine's `_do_optimizer_sanity_check` looks at
+every optimizer, made by itself, an instance or a callable's. There a sharded optimizer that averages the gradients is
+refused: DeepSpeed writes its averages through `.data`, which `param.grad` does not show.
 """
 
 from __future__ import annotations
@@ -64,6 +66,14 @@ def _enter() -> None:
         )
     if not hasattr(asked, "knows_adopt"):
         engine.is_zero_supported_optimizer = _supporting_adopt(asked)
+    looks = getattr(engine.DeepSpeedEngine, "_do_optimizer_sanity_check", None)
+    if looks is None:
+        raise RuntimeError(
+            "this DeepSpeed does not look at optimizers in _do_optimizer_sanity_check, which version 0.19.8 does; "
+            "install a version that sharded-adopt[deepspeed] allows, or report this"
+        )
+    if not hasattr(looks, "knows_adopt"):
+        engine.DeepSpeedEngine._do_optimizer_sanity_check = _refusing_two_averages(looks)
 
 
 def _constructor(optimizer_class: type[ADOPT]) -> Callable[..., ADOPT]:
@@ -99,6 +109,30 @@ def _supporting_adopt(asked: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return is_zero_supported_optimizer
 
 
+def _refusing_two_averages(looks: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """DeepSpeed's look at an optimizer, which raises `ValueError` for one that averages the gradients too."""
+
+    @functools.wraps(looks)
+    def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        if _averages(basic_optimizer):
+            raise ValueError(f"DeepSpeed got {type(basic_optimizer).__name__}, {_TWO_AVERAGES}")
+        return looks(self, basic_optimizer)
+
+    _do_optimizer_sanity_check.knows_adopt = True  # type: ignore[attr-defined]
+    return _do_optimizer_sanity_check
+
+
+_TWO_AVERAGES = (
+    "which averages the gradients over the ranks, and so does DeepSpeed: give it ADOPT, and let ZeRO shard that"
+)
+
+
+def _averages(optimizer: Any) -> bool:
+    from sharded_adopt.sharding.optimizer import ShardedOptimizer
+
+    return isinstance(optimizer, ShardedOptimizer) and optimizer.reduces_gradients
+
+
 def _own_steps(optimizer: Any, args: Any, keywords: Any) -> None:
     """Give every partition its own `step`: loading a universal checkpoint, ZeRO-3 hands one tensor to all of them."""
     seen: set[int] = set()
@@ -116,6 +150,8 @@ def assert_runs_adopt(engine: Any) -> None:
     `engine` is what `deepspeed.initialize` returned, or accelerate's wrapper of it, an `Accelerator`, or a transformers
     `Trainer` that has begun to train. The message names what runs instead.
     """
+    from torch.optim import Optimizer
+
     from sharded_adopt.adopt import ADOPT
 
     path = list(_wrapped(engine))
@@ -123,7 +159,10 @@ def assert_runs_adopt(engine: Any) -> None:
     if isinstance(path[-1], ADOPT) and not beside:
         return
     chain = " > ".join(type(each).__name__ for each in path)
-    runs = type(path[-1]).__name__ if len(path) > 1 and not isinstance(path[-1], ADOPT) else ""
+    if _averages(path[-1]):
+        raise AssertionError(f"this engine trains with {chain}, {_TWO_AVERAGES}")
+    is_there = len(path) > 1 or isinstance(path[-1], Optimizer)
+    runs = type(path[-1]).__name__ if is_there and not isinstance(path[-1], ADOPT) else ""
     what = f"{runs} runs" if runs else ("it does not run alone" if beside else "no optimizer is there")
     raise AssertionError(
         f"expected this engine to train with ADOPT, but {what}: {', '.join([chain, *beside])}; "

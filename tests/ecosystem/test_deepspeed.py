@@ -33,7 +33,7 @@ from deepspeed_cases import (
 from ranks import RanksFailed, run_ranks
 
 import sharded_adopt.interop.deepspeed
-from sharded_adopt import ADOPT
+from sharded_adopt import ADOPT, ShardedADOPT
 from sharded_adopt.interop.deepspeed import assert_runs_adopt
 from sharded_adopt.interop.deepspeed_config import findings
 from sharded_adopt.interop.deepspeed_host import Host
@@ -330,6 +330,39 @@ def test_adopt_is_found_in_every_wrapper_and_what_replaced_it_is_named(case: dic
     for message in run_ranks(2, _assert_runs_adopt, other):
         assert message is not None
         assert "expected this engine to train with ADOPT, but AdamW runs: DeepSpeedEngine > " in message
+
+
+def _sharded_client(rank: int, world_size: int, is_callable: bool) -> list[str]:
+    """What `initialize` says, and what `assert_runs_adopt` says of an engine made before our module was imported."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    ds_config = config(0)
+    del ds_config["optimizer"]
+    said = []
+    ours = DeepSpeedEngine._do_optimizer_sanity_check
+    for look in (ours, ours.__wrapped__):
+        model = Model()
+        made: Any = ShardedADOPT if is_callable else ShardedADOPT(model.parameters())
+        DeepSpeedEngine._do_optimizer_sanity_check = look
+        try:
+            assert_runs_adopt(make_engine(rank, world_size, ds_config, model=model, optimizer=made))
+        except (ValueError, AssertionError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+@pytest.mark.parametrize("is_callable", [True, False])
+def test_a_sharded_optimizer_that_averages_beside_deepspeed_is_refused_on_every_rank(is_callable: bool) -> None:
+    why = "ShardedADOPT, which averages the gradients over the ranks, and so does DeepSpeed: give it ADOPT"
+    for said in run_ranks(2, _sharded_client, is_callable):
+        assert len(said) == 2
+        assert said[0].startswith(f"ValueError: DeepSpeed got {why}")
+        assert said[1].startswith(f"AssertionError: this engine trains with DeepSpeedEngine > {why}")
+
+
+def test_an_optimizer_without_an_engine_is_named_as_what_runs() -> None:
+    with pytest.raises(AssertionError, match="but SGD runs: SGD"):
+        assert_runs_adopt(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
 
 
 def _without_optimizer(rank: int, world_size: int) -> str | None:
