@@ -71,6 +71,11 @@ def read(source: Any, params: Any = None, overrides: Mapping[str, Any] | None = 
         return _read_state_dict(source, params, overrides)
     if params is not None:
         raise ValueError("params belong to a state dict; an optimizer has its own, leave them out")
+    if isinstance(getattr(source, "optimizer_class", None), type):
+        raise TypeError(
+            f"{_kind(source)} holds shards of {source.optimizer_class.__name__}'s state, and only a sharded ADOPT goes "
+            "on with these: call ShardedADOPT.from_adamw(optimizer)"
+        )
     if not isinstance(source, Adam):
         raise TypeError(
             f"from_adamw goes on from a torch.optim.Adam or AdamW, or from its state dict, got {_kind(source)}; "

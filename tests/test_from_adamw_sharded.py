@@ -16,7 +16,7 @@ from oracle import (
     branch_of,
     train_sharded,
 )
-from ranks import run_ranks
+from ranks import RanksFailed, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW
@@ -197,6 +197,22 @@ def test_under_ddp_it_goes_on_beside_it() -> None:
         assert_same(params, list(model.parameters()), rtol=1e-5, atol=1e-6)  # the norm of a batch is summed otherwise
 
 
+def _beside_ddp(rank: int, world_size: int) -> None:
+    model = nn.Linear(5, 7)
+    wrapped = DistributedDataParallel(model)
+    optimizer = ShardedADOPT.from_adamw(AdamW(model.parameters(), lr=0.01))
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(torch.ones(4, 5) * (1 + rank)).square().mean().backward()
+        optimizer.step()
+
+
+def test_ddp_that_was_left_around_the_model_is_named_in_the_error() -> None:
+    with pytest.raises(RanksFailed, match=r"DistributedDataParallel is around the model.*train its \.module") as failed:
+        run_ranks(2, _beside_ddp)
+    assert str(failed.value).count("or make this optimizer with reduce_gradients=False") == 2
+
+
 def _sixteen_bit(rank: int, world_size: int, how: str) -> Any:
     torch.manual_seed(0)
     model = nn.Linear(6, 5).to(torch.bfloat16)
@@ -281,7 +297,7 @@ def test_an_optimizer_that_was_refused_can_still_be_used() -> None:
     with pytest.raises(ValueError, match="betas"):
         ShardedADOPT.from_adamw(old, betas=(2.0, 0.9))
     train_sharded(model, old, 0, BEFORE)
-    with pytest.raises(TypeError, match="ShardedOptimizer"):
+    with pytest.raises(TypeError, match=r"ShardedOptimizer holds shards of AdamW.*call ShardedADOPT\.from_adamw"):
         ADOPT.from_adamw(old)
 
 

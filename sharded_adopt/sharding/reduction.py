@@ -260,7 +260,8 @@ class BucketReduction:
             RuntimeError(
                 f"a gradient of {names} was changed in place while its bucket was being reduced. To clip, use this "
                 "optimizer's clip_grad_norm_, not torch's; to edit otherwise, call synchronize_gradients() first: only "
-                "this rank's segment is then the mean"
+                "this rank's segment is then the mean. If DistributedDataParallel is around the model, it averages the "
+                "same gradients: train its .module instead, or make this optimizer with reduce_gradients=False"
             )
         )
 
