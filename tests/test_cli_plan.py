@@ -173,7 +173,22 @@ def test_a_model_is_read_from_json_and_from_safetensors(capsys: pytest.CaptureFi
         ('{"a": {"size": [3]}}', "got 'a': {\"size\": [3]}"),
         ('{"a": {"shape": [3], "dtype": "int4"}}', "'a': unknown dtype 'int4'"),
         ("{}", "there are no parameters in"),
+        ('{"a": {"shape": [3], "dtype": [1]}}', "'a': unknown dtype '[1]'"),
+        (f'{{"a": [{"9" * 3000}]}}', "'a' must have fewer than 2**63 elements, got [9999"),
+        (f'{{"a": [{"9" * 3000}, 0]}}', "'a' must have fewer than 2**63 elements, got [9999"),
+        (f'{{"a": [{2**32}, {2**31}]}}', "'a' must have fewer than 2**63 elements, got [4294967296, 2147483648]"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors cannot be read: No such file"),
+        (
+            '{"weight_map": {"a": "gone\\u0000.safetensors"}}',
+            "gone\\x00.safetensors' cannot be read: embedded null byte",
+        ),
+        *(
+            (
+                json.dumps({"weight_map": {"a": file}}),
+                f"expected a .safetensors file beside the index for 'a', got {json.dumps(file)}",
+            )
+            for file in ("../x.safetensors", "", ".", "..", "[model].json", 3, None)
+        ),
     ],
 )
 def test_a_file_that_is_no_model_is_named_with_the_reason(
@@ -199,6 +214,41 @@ def test_a_damaged_safetensors_header_is_refused(
     assert f"{file} is no safetensors file" in err
 
 
+def test_a_safetensors_header_with_a_dtype_that_is_no_text_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    header = b'{"a": {"shape": [2], "dtype": [1]}}'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    code, out, err = run(capsys, "--model", file, "--world-size", 2)
+    assert (code, out) == (2, "")
+    assert f"{file}: 'a': unknown dtype '[1]'" in err
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "nadam", "rprop", "asgd"])
+def test_what_only_cuda_can_capture_is_planned_like_the_same_without(
+    capsys: pytest.CaptureFixture[str], optimizer: str
+) -> None:
+    arguments = ("--params", "7e6", "--world-size", 2, "--optimizer", optimizer)
+    code, captured = run_json(capsys, *arguments, "--set", "capturable=true")
+    assert (code, captured) == run_json(capsys, *arguments)
+    assert captured["plan"]["state"] > 0
+
+
+def test_options_that_take_several_values_add_up_when_they_are_repeated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({name: [8]}))
+    arguments = ("--world-size", 2, "--optimizer", "rmsprop", "--set", "momentum=0.9", "--set", "centered=true")
+    code, found = run_json(
+        capsys, "--model", tmp_path / "a.json", "--model", tmp_path / "b.json", *arguments, "--backend", "gloo"
+    )
+    assert (code, found["tensors"]) == (0, 2)
+    counters = 2 * 4
+    assert found["plan"]["state"] == 3 * 4 * 16 // 2 + counters
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -208,6 +258,7 @@ def test_a_damaged_safetensors_header_is_refused(
         (["--params", "7Q"], "got '7Q'"),
         (["--params", "1e9", "--world-size", "0"], "--world-size: must be a whole number of at least 1, got '0'"),
         (["--params", "1e9", "--world-size", "two"], "got 'two'"),
+        (["--params", "1e9", "--world-size", "9" * 4000], "--world-size: must be below 2**31, got 99999"),
         (["--params", "1e9", "--device-memory", "80XB"], "a size like 80GiB"),
         (["--params", "1e9", "--model", "x.json"], "not allowed with argument"),
         ([], "--params --model is required"),
@@ -232,9 +283,19 @@ def test_wrong_numbers_are_refused_with_what_was_expected(
         (["--set", "momentum=0.9"], "--optimizer adopt with momentum 0.9"),
         (["--set", "lr"], "expected --set KEY=VALUE, got 'lr'"),
         (["--set", "lr=fast"], "--set lr: expected a number, true, false or null, got 'fast'"),
+        (["--set", "lr=1e-3", "lr=2"], "lr is given twice, the second time by --set lr=2: give it once"),
+        (["--set", "lr=1e-3", "--set", "lr=2"], "lr is given twice, the second time by --set lr=2: give it once"),
+        (["--state-dtype", "bf16", "--set", "state_dtype=null"], "state_dtype is given twice"),
+        (["--optimizer", "adamw", "--set", "betas=[]"], "--optimizer adamw with betas []: IndexError("),
+        (["--optimizer", "rprop", "--set", "etas=[]"], "--optimizer rprop with etas []: IndexError("),
+        (["--optimizer", "adamw", "--set", "capturable=true", "lr=-1"], "Invalid learning rate: -1"),
         (["--optimizer", "sgd", "--state-dtype", "bf16"], "state_dtype"),
         (["--bucket-cap-mb", "-1"], "bucket_cap_mb must be positive and finite, got -1"),
         (["--bucket-cap-mb", "inf"], "bucket_cap_mb must be positive and finite, got inf"),
+        (
+            ["--bucket-cap-mb", "1e303"],
+            "bucket_cap_mb is in units of 2**20 bytes, which must be finite too, got 1e+303",
+        ),
         (["--bucket-cap-mb", "0.001"], "are too many to plan"),
         (["--main-params", "bf16"], "main_params must be 'auto', 'fp32' or 'none', got 'bf16'"),
         (["--shard-gradients", "--no-reduce-gradients"], "choose one of the two"),

@@ -66,6 +66,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad lr in a group": (lambda: ShardedADOPT([{"params": [shared], "lr": -2.0}]), ValueError, "lr.*-2"),
     "unknown argument": (lambda: ShardedADOPT([shared], learning_rate=1.0), TypeError, "learning_rate"),
     "bucket": (lambda: ShardedADOPT([shared], bucket_cap_mb=0), ValueError, "must be positive and finite, got 0"),
+    "endless bucket": (lambda: ShardedADOPT([shared], bucket_cap_mb=1e303), ValueError, "finite too, got 1e\\+303"),
     "freed and given": (
         lambda: ShardedADOPT([shared], shard_gradients=True, reduce_gradients=False),
         ValueError,

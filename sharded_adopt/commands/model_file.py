@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ DTYPES = {
 # What a safetensors file may hold that is no parameter.
 _NO_PARAMETERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 _MAX_HEADER_NBYTES = 100_000_000  # the limit of the format
+_TOO_LARGE = 2**63  # torch counts elements in 64 bits
 _EXPECTED = 'a JSON object {"name": [sizes], …} or {"name": {"shape": [sizes], "dtype": "bf16"}, …}'
 
 
@@ -75,6 +77,8 @@ def _entries(path: Path) -> Iterator[tuple[str, tuple[int, ...], Dtype | None]]:
             yield from _of_json(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a name that no file can have
+        raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def _of_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], Dtype | None]]:
@@ -88,7 +92,7 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], Dtype | 
     if not isinstance(data, dict):
         raise UsageError(f"{path} is no safetensors file: its header is no JSON object")
     for name, entry in data.items():
-        if name == "__metadata__" or (isinstance(entry, dict) and entry.get("dtype") in _NO_PARAMETERS):
+        if name == "__metadata__" or (isinstance(entry, dict) and str(entry.get("dtype")) in _NO_PARAMETERS):
             continue
         yield _entry(path, name, entry)
 
@@ -98,11 +102,21 @@ def _of_json(path: Path) -> Iterator[tuple[str, tuple[int, ...], Dtype | None]]:
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected {_EXPECTED}, got a {type(data).__name__}")
     if isinstance(data.get("weight_map"), dict):
-        for name in dict.fromkeys(map(str, data["weight_map"].values())):
+        for name in _files_of_index(path, data["weight_map"]):
             yield from _entries(path.with_name(name))
         return
     for name, entry in data.items():
         yield _entry(path, name, entry)
+
+
+def _files_of_index(path: Path, weight_map: dict[str, Any]) -> Iterable[str]:
+    for name, file in weight_map.items():
+        # Nothing but safetensors: an index that names itself has no end.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UsageError(
+                f"{path}: expected a .safetensors file beside the index for {name!r}, got {json.dumps(file):.80}"
+            )
+    return dict.fromkeys(weight_map.values())
 
 
 def _parsed(path: Path, text: bytes) -> Any:
@@ -124,6 +138,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], Dty
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise UsageError(f"{path}: expected {_EXPECTED}, got {name!r}: {json.dumps(entry):.80}")
+    if math.prod(shape) >= _TOO_LARGE or max(shape, default=0) >= _TOO_LARGE:
+        raise UsageError(f"{path}: {name!r} must have fewer than 2**63 elements, got {json.dumps(shape):.80}")
     try:
         return name, tuple(shape), None if dtype is None else read_dtype(str(dtype))
     except UsageError as error:

@@ -43,11 +43,12 @@ def add(commands: Commands) -> None:
     what.add_argument(
         "--model",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help='JSON {"name": [sizes], …}, .safetensors, their index, or a directory of them; values are not read',
     )
     job = plan.add_argument_group("the job")
-    job.add_argument("--world-size", type=positive, required=True, metavar="W", help="how many ranks")
+    job.add_argument("--world-size", type=_ranks, required=True, metavar="W", help="how many ranks")
     job.add_argument(
         "--dtype", metavar="DTYPE", help="of the parameters: fp64, fp32, bf16, fp16 (default: FILE's, fp32)"
     )
@@ -59,7 +60,12 @@ def add(commands: Commands) -> None:
     optimizer.add_argument("--optimizer", default="adopt", metavar="NAME", help="adopt, adamw, sgd, … (default: adopt)")
     optimizer.add_argument("--state-dtype", metavar="DTYPE", help="ADOPT's state_dtype (default: fp32 for 16 bit)")
     optimizer.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="its arguments: --set momentum=0.9 amsgrad=true"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="its arguments: --set momentum=0.9 amsgrad=true",
     )
     engine = plan.add_argument_group("the engine", "the arguments of ShardedOptimizer that change bytes")
     engine.add_argument("--shard-gradients", action="store_true", help="ZeRO-2 (default: ZeRO-1)")
@@ -73,6 +79,13 @@ def add(commands: Commands) -> None:
 
 def _count(text: str) -> int:
     return _whole(text, _THOUSANDS, "a number of parameters like 7e9, 124M or 7B")
+
+
+def _ranks(text: str) -> int:
+    value = positive(text)
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {text:.80}")
+    return value
 
 
 def _size(text: str) -> int:
@@ -203,15 +216,19 @@ def _state_costs(
 
     defaults = _optimizer_arguments(arguments)
     optimizer_class = _optimizer_class(arguments.optimizer)
+    # A step that a CUDA graph can capture keeps the same state, but does not run on the CPU.
+    anywhere = {"capturable": False} if defaults.get("capturable") is True else {}
     costs: dict[tuple[int, str], StateCost] = {}
     for dtype in {DTYPES[param.key.dtype] for param in layout.params}:
         seen: torch.dtype = getattr(torch, segment_dtype(dtype, options).name)
         try:
             refuse_not_elementwise(optimizer_class)
-            costs[0, dtype.name] = state_cost(optimizer_class, defaults, {}, seen, torch.device("cpu"))
-        except (TypeError, ValueError, RuntimeError) as error:
+            optimizer_class([torch.zeros(2, dtype=seen)], **defaults)  # refuses what it refuses anywhere
+            costs[0, dtype.name] = state_cost(optimizer_class, defaults | anywhere, {}, seen, torch.device("cpu"))
+        except Exception as error:  # the class's own code, over values that it may not expect: any error is about them
             given = f" with {pairs(defaults)}" if defaults else ""
-            raise UsageError(f"--optimizer {arguments.optimizer}{given}: {error}") from error
+            reason = str(error) if isinstance(error, (TypeError, ValueError, RuntimeError)) else repr(error)
+            raise UsageError(f"--optimizer {arguments.optimizer}{given}: {reason}") from error
     return costs
 
 
@@ -237,6 +254,8 @@ def _optimizer_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not (key and equals):
             raise UsageError(f"expected --set KEY=VALUE, got {setting!r}")
+        if key in found:
+            raise UsageError(f"{key} is given twice, the second time by --set {setting}: give it once")
         try:
             found[key] = json.loads(value)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def check_arguments(
         or not 0 < bucket_cap_mb < math.inf
     ):
         raise ValueError(f"bucket_cap_mb must be positive and finite, got {bucket_cap_mb!r}")
+    if bucket_cap_mb > sys.float_info.max / 2**20:
+        raise ValueError(
+            f"bucket_cap_mb is in units of 2**20 bytes, which must be finite too, got {bucket_cap_mb!r}: for one "
+            "bucket of everything, the size of the model is enough"
+        )
     if shard_gradients and not reduce_gradients:
         raise ValueError(
             "shard_gradients=True frees what this optimizer has reduced, but with reduce_gradients=False it reduces "
