@@ -129,7 +129,10 @@ class ADOPT(Optimizer):
         parameter gets exp_avg = m̂ / (√v̂ + eps), exp_avg_sq = v̂ and Adam's `step`; one without state starts afresh.
         The groups keep lr, betas, eps, weight decay (coupled of Adam, decoupled of AdamW), `maximize`, `capturable`,
         `differentiable`, names, and what schedulers have put there. `overrides`, arguments of this class, win in every
-        group. Make schedulers and hooks anew, for the new optimizer.
+        group: an `lr` is also what a scheduler scales from then on. The kind of the decay follows Adam in `ADOPTW` too:
+        pass `decouple=True` to turn an Adam's into AdamW's. A later group gets the defaults of the live optimizer, and
+        those of the first group where there is a state dict only. Make schedulers and hooks anew, for the new
+        optimizer: docs/from-adamw.md.
 
         Raises `TypeError` for another optimizer, `ValueError` for a state dict that is not Adam's or does not fit.
         """

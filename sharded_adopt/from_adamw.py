@@ -27,6 +27,8 @@ from sharded_adopt.kernels.working import store_exp_avg_sq_
 
 # What a group of Adam's holds that ADOPT's does not, or chooses for itself.
 _ADAMS_OWN = ("amsgrad", "decoupled_weight_decay", "foreach", "fused")
+# What a group of ours has from Adam, and a later group would get too.
+_FROM_ADAM = ("lr", "betas", "eps", "weight_decay", "decouple", "maximize", "capturable", "differentiable", "fused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,9 @@ def _adopt_group(group: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
         mine["param_names"] = list(mine["param_names"])
     if group.get("fused") and fused_is_available():
         mine["fused"] = True
-    if "lr" in overrides:
-        mine.pop("initial_lr", None)  # a scheduler would begin there
     mine.update(overrides)
+    if "lr" in overrides and "initial_lr" in mine:  # what schedulers scale
+        mine["initial_lr"] = mine["lr"].detach().clone() if isinstance(mine["lr"], Tensor) else mine["lr"]
     return mine
 
 
@@ -188,7 +190,15 @@ def _read_state_dict(state_dict: Mapping[str, Any], params: Any, overrides: Mapp
     rules = [_rule(group) for group in saved for _ in group["params"]]
     for position, entries in moments.items():
         _check_moments(entries, rules[position], tensors[position], position)
-    return AdamSource(groups, dict(overrides), [_rule(group) for group in saved], moments)
+    return AdamSource(groups, _defaults_of(groups, overrides), [_rule(group) for group in saved], moments)
+
+
+def _defaults_of(groups: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later group gets where the defaults were not saved: as the first one, before schedulers moved its lr."""
+    defaults = {key: group[key] for group in groups[:1] for key in _FROM_ADAM if key in group}
+    for group in groups[:1]:
+        defaults["lr"] = group.get("initial_lr", group["lr"])
+    return {**defaults, **overrides}
 
 
 def _with_decay_rule(group: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from sharded_adopt import ADOPT, ADOPTW, PowerClip
+from sharded_adopt import ADOPT, ADOPTW, PowerClip, ShardedADOPT
 
 
 def model_of(dtype=torch.float32) -> nn.Module:
@@ -123,7 +123,11 @@ def test_groups_go_on_with_their_names_and_values() -> None:
 def test_l2_of_adam_stays_in_the_gradient() -> None:
     _, optimizer = trained(Adam, weight_decay=0.1)
     assert [group["decouple"] for group in ADOPT.from_adamw(optimizer).param_groups] == [False, False]
-    assert type(ADOPTW.from_adamw(optimizer)) is ADOPTW
+    ours = ADOPTW.from_adamw(optimizer)
+    assert type(ours) is ADOPTW
+    assert [group["decouple"] for group in ours.param_groups] == [False, False]
+    turned = ADOPTW.from_adamw(optimizer, decouple=True)
+    assert [group["decouple"] for group in turned.param_groups] == [True, True]
 
 
 def test_overrides_win_in_every_group() -> None:
@@ -186,6 +190,7 @@ def test_from_a_state_dict_equals_from_the_live_optimizer(tmp_path) -> None:
         ours, live = ADOPT.from_adamw(loaded, params=params), ADOPT.from_adamw(optimizer)
         for mine, theirs in zip(ours.param_groups, live.param_groups, strict=True):
             assert mine == theirs
+        assert ours.defaults == live.defaults
         for param in model.parameters():
             assert all(same_bits(v, live.state[param][k]) for k, v in ours.state[param].items())
     one_group = AdamW(model.parameters())
@@ -311,6 +316,38 @@ def test_a_schedule_goes_on_with_a_new_scheduler() -> None:
     assert ours_scheduler.get_last_lr() == pytest.approx([0.01 / 7, 0.02 / 7])
     # with a learning rate of one's own, a new scheduler starts there
     assert LambdaLR(ADOPT.from_adamw(optimizer, lr=0.4), factor).get_last_lr() == [0.4, 0.4]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("adam", [Adam, AdamW])
+def test_a_group_added_after_a_state_dict_is_as_one_added_to_adam(adam, sharded) -> None:
+    model, optimizer = trained(adam, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-7, maximize=True)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5)
+    train(model, optimizer, range(1))
+    scheduler.step()
+    made = (ShardedADOPT if sharded else ADOPT).from_adamw(optimizer.state_dict(), params=groups_of(model))
+    for each in (made, optimizer):
+        each.add_param_group({"params": [("added", nn.Parameter(torch.zeros(2)))]})
+    mine, theirs = made.param_groups[2], optimizer.param_groups[2]
+    assert theirs["lr"] == 0.01, "not what the scheduler made of it"
+    for key in ("lr", "betas", "eps", "weight_decay", "maximize"):
+        assert mine[key] == theirs[key], key
+    assert mine["decouple"] is theirs["decoupled_weight_decay"]
+    over = ADOPT.from_adamw(
+        optimizer.state_dict(), params=[{"params": g["params"]} for g in optimizer.param_groups], lr=0.5
+    )
+    assert over.defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize("lr", [0.4, torch.tensor(0.4)], ids=["float", "tensor"])
+def test_a_schedule_goes_on_from_a_learning_rate_of_ones_own(lr) -> None:
+    model, optimizer = trained()
+    LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    ours = ADOPT.from_adamw(optimizer, lr=lr)
+    scheduler = LambdaLR(ours, lambda step: 1 / (1 + step), last_epoch=6)
+    assert [float(each) for each in scheduler.get_last_lr()] == pytest.approx([0.4 / 8] * 2)
+    never_scheduled = ADOPT.from_adamw(AdamW(model.parameters()), lr=0.4)
+    assert "initial_lr" not in never_scheduled.param_groups[0]
 
 
 def test_a_tensor_lr_is_carried_as_a_copy() -> None:

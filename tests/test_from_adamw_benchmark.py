@@ -77,6 +77,10 @@ def test_what_the_page_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names = {
         **{"ADOPT": ADOPT, "ShardedADOPT": ShardedADOPT, "torch": torch, "LambdaLR": LambdaLR},
         **{"adamw": adamw, "model": model, "steps_done": 1, "schedule": lambda step: 1 / (1 + step)},
+        **{
+            "adamw_scheduler": LambdaLR(adamw, lambda step: 1.0),
+            "make_scheduler": lambda o: LambdaLR(o, lambda step: 1.0),
+        },
         "sharded_adamw": ShardedOptimizer([{"params": other.parameters(), "initial_lr": 1e-3}], torch.optim.AdamW),
     }
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,62 @@ def sharded(rank: int, world_size: int, name: str, is_tensor: bool, root: Path, 
             extra = {"scheduler": scheduler.state_dict()}
             checkpoint.save(root, step=SAVED, optimizer=optimizer, model=model, extra=extra)
     return rates, [p.detach().clone() for p in model.parameters()]
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "from-adamw.md").read_text(encoding="utf-8")
+LINES = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "adamw_scheduler" in block)
+
+
+def from_adamw_with_its_scheduler(name: str, is_tensor: bool, ours: Any) -> list[Any]:
+    """lr and betas of AdamW for `SAVED` steps, then those of what `ours` makes of it; None: AdamW goes on."""
+    model = nn.Linear(3, 2)
+    optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=lr_of(is_tensor), foreach=False)
+    scheduler = SCHEDULERS[name](optimizer)
+    rates = []
+    for step in range(STEPS):
+        if step == SAVED and ours is not None:
+            names = {
+                "optimizer": ours.from_adamw(optimizer),
+                "adamw_scheduler": scheduler,
+                "make_scheduler": SCHEDULERS[name],
+            }
+            exec(LINES, names)
+            optimizer, scheduler = names["optimizer"], names["scheduler"]
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        rates.append(seen(optimizer))
+        optimizer.step()
+        move(scheduler, step)
+        rates.append(seen(optimizer))
+    return rates
+
+
+@pytest.mark.parametrize("is_tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("ours", [ADOPT, ShardedADOPT])
+def test_after_from_adamw_the_lines_of_the_page_give_the_learning_rates_of_adamw(
+    ours: Any, name: str, is_tensor: bool
+) -> None:
+    expected = from_adamw_with_its_scheduler(name, is_tensor, None)
+    assert from_adamw_with_its_scheduler(name, is_tensor, ours) == expected
+    assert len(set(expected)) > 1, "the scheduler moved something"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(lrs.StepLR, {"step_size": SAVED}), (lrs.MultiStepLR, {"milestones": [SAVED]})]
+)
+def test_last_epoch_moves_a_learning_rate_that_was_moved_already(kind: Any, options: dict[str, Any]) -> None:
+    """torch's doing, whatever the optimizer: why docs/from-adamw.md gives it for `LambdaLR` only."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.1)
+    scheduler = kind(optimizer, gamma=0.5, **options)
+    for _ in range(SAVED):
+        optimizer.step()
+        scheduler.step()
+    was = optimizer.param_groups[0]["lr"]
+    for goes_on in (optimizer, ADOPT.from_adamw(optimizer)):
+        goes_on.param_groups[0]["lr"] = was
+        kind(goes_on, gamma=0.5, last_epoch=SAVED - 1, **options)
+        assert goes_on.param_groups[0]["lr"] == was / 2
 
 
 @pytest.mark.parametrize("is_tensor", [False, True], ids=["float", "tensor"])
