@@ -46,10 +46,10 @@ def plan(seeds: Sequence[int], steps: int) -> list[Run | Switch]:
     for optimizer, beta2 in (("adamw", 0.95), ("adamw", 0.999), ("adopt", 0.999), ("adopt", 0.9999)):
         runs += grid(optimizer, beta2, lrs)
     # horizon
-    runs += grid("adopt", 0.9999, lrs[1:4], steps=[short]) + grid("adamw", 0.999, lrs[1:4], steps=[short])
+    runs += grid("adopt", 0.9999, lrs[1:], steps=[short]) + grid("adamw", 0.999, lrs[1:], steps=[short])
     runs += grid("adopt", 0.9999, lrs[:3], steps=[long]) + grid("adamw", 0.999, lrs[1:4], steps=[long])
-    runs += grid("adopt", 0.9999, lrs[1:3], steps=[long], warmup=[150])
-    runs += grid("adamw", 0.999, lrs[2:4], steps=[long], warmup=[150])
+    runs += grid("adopt", 0.9999, lrs[1:4], steps=[long], warmup=[150])
+    runs += grid("adamw", 0.999, lrs[2:], steps=[long], warmup=[150])
     for beta2 in (0.9, 0.99, 0.999, 0.9999):
         runs += grid("adopt", beta2, [ours], steps=[short, steps, *([long] if beta2 > 0.9 else [])])
     # clip

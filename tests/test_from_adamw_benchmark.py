@@ -61,6 +61,14 @@ def test_every_figure_of_the_page_is_in_the_published_table() -> None:
         assert row in published
 
 
+def test_the_best_learning_rate_of_every_pair_lies_inside_its_grid() -> None:
+    rows = [line for line in PAGE.splitlines() if re.match(r"\| \d+ steps, warm-up", line)]
+    assert len(rows) == 10
+    for row in rows:
+        losses = [cell for cell in row.split("|")[2:-1] if cell.strip()]
+        assert "**" in "".join(losses[1:-1]), row
+
+
 def test_the_page_says_first_what_to_type() -> None:
     assert "`optimizer = ADOPT.from_adamw(optimizer)`" in PAGE.splitlines()[0]
 
