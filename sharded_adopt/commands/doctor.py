@@ -6,11 +6,13 @@ With a config it exits with 0 for nothing to complain of, 1 for warnings, 2 for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +51,7 @@ def _examine(path: Path, hf: bool, as_json: bool) -> int:
     from sharded_adopt.interop.deepspeed_host import look
 
     host = look()
-    found = findings(_read(path), host, hf=hf)
+    found = findings(_read(path, hf), host, hf=hf)
     code = exit_code(found)
     if as_json:
         print_json(
@@ -67,19 +69,28 @@ def _examine(path: Path, hf: bool, as_json: bool) -> int:
     return code
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a config as DeepSpeed does: a key that comes twice is an error; comments are not, where hjson is there."""
+def _read(path: Path, hf: bool) -> Any:
+    """Read a config as its reader does: DeepSpeed with hjson, which knows comments, the others without.
+
+    A key that comes twice is an error, and so is an empty file, which hjson takes for an empty object.
+    """
     try:
-        from hjson import loads  # DeepSpeed brings it
-    except ModuleNotFoundError:
-        loads = json.loads
-    try:
-        config = loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError("it is empty")
+        return _loads(hf)(text, object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise UsageError(f"expected a DeepSpeed config in JSON in {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"expected a DeepSpeed config, an object with keys, in {path}, got a {type(config).__name__}")
-    return config
+        plain = "; transformers and accelerate read plain JSON, without comments" if hf else ""
+        raise UsageError(f"expected a DeepSpeed config in JSON in {path}: {error}{plain}") from None
+
+
+def _loads(hf: bool) -> Callable[..., Any]:
+    if not hf:
+        with contextlib.suppress(ModuleNotFoundError):  # DeepSpeed brings it
+            from hjson import loads
+
+            return cast("Callable[..., Any]", loads)
+    return json.loads
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -414,14 +414,27 @@ STOPS: dict[str, dict[str, Any]] = {
     "adam-only, ratio": config(3, zero={"offload_optimizer": {**OFFLOADED, "ratio": 0.5}}),
     "adam-only, zenflow": config(2, zero={"offload_optimizer": OFFLOADED, "zenflow": {"topk_ratio": 0.1}}),
     "adam-only, 16 bit": config(2, bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+    "key": config(2) | {"zero_optimization": {"stgae": 2}},
+    "removed": config(2, amp={}),
+    "shape, params": config(2) | {"optimizer": {"type": "ADOPT", "params": ["lr", 0.001]}},
+    "shape, fp16": config(2, fp16=None),
+    "value, clipping null": config(2, gradient_clipping=None),
+    "value, stage": config(2) | {"zero_optimization": {"stage": 5}},
+    "value, both": config(2, fp16={"enabled": True}, bf16={"enabled": True}),
+    "value, batch": {k: v for k, v in config(2).items() if "batch" not in k},
+    "scheduler": config(2, scheduler={"type": "WarmupLr", "params": {}}),
+    "scheduler, params": config(2, scheduler={"type": "WarmupLR"}),
+    "offloaded-client, old key": {"zero_optimization": {"stage": 2, "cpu_offload": True}}
+    | {k: v for k, v in config(2).items() if k not in ("optimizer", "zero_optimization")},
     "offloaded-client": {k: v for k, v in config(2, offload=True).items() if k != "optimizer"},
 }
 
 
-def _initialize_with_client(rank: int, world_size: int, ds_config: dict[str, Any]) -> None:
+def _step_with_client(rank: int, world_size: int, ds_config: dict[str, Any]) -> None:
     model = Model()
     client = {} if "optimizer" in ds_config else {"optimizer": ADOPT(model.parameters())}
-    make_engine(rank, world_size, ds_config, model=model, **client)
+    engine = make_engine(rank, world_size, ds_config, model=model, **client)
+    take_steps(engine, rank, [0])
 
 
 @pytest.mark.parametrize("name", STOPS)
@@ -429,7 +442,7 @@ def test_what_the_doctor_calls_an_error_stops_in_deepspeed(name: str) -> None:
     found = findings(STOPS[name], Host())
     assert {(f.severity, f.trap) for f in found if f.severity == "error"} == {("error", name.partition(",")[0])}
     with pytest.raises(RanksFailed):
-        run_ranks(2, _initialize_with_client, STOPS[name])
+        run_ranks(2, _step_with_client, STOPS[name])
 
 
 def test_an_elastic_checkpoint_cannot_be_loaded_as_the_doctor_says(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make ecos
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import HfTrainerDeepSpeedConfig
 
 from sharded_adopt import ADOPT
 from sharded_adopt.interop.deepspeed import assert_runs_adopt
 from sharded_adopt.interop.deepspeed_config import findings
 from sharded_adopt.interop.deepspeed_host import Host
+from sharded_adopt.interop.deepspeed_optimizer import TRAINERS
 
 AUTO = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_clipping": "auto"}
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -115,6 +117,67 @@ def test_the_adamw_that_trainer_takes_instead_is_named_on_every_rank(tmp_path: P
         for message in said:
             assert message is not None
             assert "but AdamW runs: DeepSpeedEngine > DeepSpeedZeroOptimizer > AdamW" in message
+
+
+def as_trainer_reads(ds_config: dict[str, Any], directory: Path, **arguments: Any) -> dict[str, Any]:
+    """The config that Trainer hands on, or its `ValueError`."""
+    args = TrainingArguments(str(directory), use_cpu=True, report_to=[], **arguments)
+    read = HfTrainerDeepSpeedConfig(ds_config)
+    read.trainer_config_process(args)
+    read.trainer_config_finalize(args, Net(), 10)
+    return read.config
+
+
+def test_the_doctor_knows_the_defaults_that_trainer_compares_with(tmp_path: Path) -> None:
+    ds_config = {
+        "gradient_clipping": "auto",
+        "optimizer": {"params": dict.fromkeys(["lr", "weight_decay", "betas", "eps"], "auto")},
+    }
+    read = as_trainer_reads(ds_config, tmp_path)
+    values = {"gradient_clipping": read["gradient_clipping"], **read["optimizer"]["params"]}
+    assert values == {name: default for name, (_, default) in TRAINERS.items()}
+
+
+OTHERS = {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.9999], "eps": 1e-6, "gradient_clipping": 0.0}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_doctor_says_that_trainer_refuses_is_refused_and_its_advice_is_taken(
+    tmp_path: Path, name: str
+) -> None:
+    value = OTHERS[name]
+    ds_config: dict[str, Any] = {
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "ADOPT", "params": {"lr": "auto", "weight_decay": "auto", "decouple": True}},
+    }
+    held = ds_config if name == "gradient_clipping" else ds_config["optimizer"]["params"]
+    held[name] = value
+    [finding] = findings(ds_config, Host(), hf=True)
+    assert (finding.severity, finding.trap, finding.where.split(".")[-1]) == ("warning", "trainer-refuses", name)
+    with pytest.raises(ValueError, match="Please correct the following DeepSpeed config values"):
+        as_trainer_reads(ds_config, tmp_path)
+    # as the line to change says: "auto" with the arguments, or left out
+    arguments = TRAINERS[name][0]
+    held[name] = "auto"
+    each = value if isinstance(value, list) else [value]
+    read = as_trainer_reads(ds_config, tmp_path, **dict(zip(arguments, each, strict=True)))
+    assert (read if name == "gradient_clipping" else read["optimizer"]["params"])[name] == value
+    if name in ("betas", "eps"):
+        assert f'take "{name}" out' in finding.change
+        del held[name]
+        assert name not in as_trainer_reads(ds_config, tmp_path)["optimizer"]["params"]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_what_is_left_out_trainer_passes_over_as_the_doctor_says(tmp_path: Path, name: str) -> None:
+    params = {"lr": "auto", "weight_decay": "auto", "decouple": True}
+    del params[name]
+    ds_config = {"gradient_clipping": "auto", "optimizer": {"type": "ADOPT", "params": params}}
+    assert [(f.trap, f.where) for f in findings(ds_config, Host(), hf=True)] == [
+        ("trainer-passed-over", f"optimizer.params.{name}")
+    ]
+    read = as_trainer_reads(ds_config, tmp_path, **{TRAINERS[name][0][0]: 0.25})
+    assert name not in read["optimizer"]["params"]
 
 
 def in_accelerate(rank: int, world_size: int, ds_config: dict[str, Any]) -> list[str | None]:
