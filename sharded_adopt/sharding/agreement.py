@@ -10,13 +10,12 @@ from sharded_adopt.sharding.collectives import Collectives, RanksDisagree
 from sharded_adopt.sharding.layout import Layout, first_difference
 
 
-def require_same_layout(group: Collectives, layout: Layout, groups: list[dict[str, Any]]) -> None:
+def require_same_layout(group: Collectives, layout: Layout, groups: list[dict[str, str]]) -> None:
     """Raise `RanksDisagree` on every rank unless parameters, buckets and hyperparameters are the same on all.
 
-    `groups`: each parameter group's hyperparameters as plain data. A hash is exchanged; only where it differs the rest
+    `groups`: each parameter group's hyperparameters in words. A hash is exchanged; only where it differs the rest
     follows, to find the first difference. Collective.
     """
-    groups = [{key: repr(value) for key, value in one.items()} for one in groups]
     if _all_equal(group, {"layout": layout.fingerprint(), "groups": groups}):
         return
     everyone = group.all_gather_json({"layout": layout.to_json(), "groups": groups})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -85,16 +86,16 @@ class Collectives:
         self._open()
         self.raise_together(error)
 
-    def _open(self) -> None:
+    def _open(self, patience: datetime.timedelta | None = None) -> None:
         if self.world_size == 1:
             return
         backend = dist.get_backend(self.process_group)
         self.exchanges = backend == "gloo"
-        self._data = self._new_group(backend, "sharded_adopt data")
-        self._control = self._new_group("gloo", "sharded_adopt control")
+        self._data = self._new_group(backend, "sharded_adopt data", patience)
+        self._control = self._new_group("gloo", "sharded_adopt control", patience)
 
-    def _new_group(self, backend: str, description: str) -> dist.ProcessGroup:
-        make: Callable[..., dist.ProcessGroup] = dist.new_group
+    def _new_group(self, backend: str, description: str, patience: datetime.timedelta | None) -> dist.ProcessGroup:
+        make: Callable[..., dist.ProcessGroup] = functools.partial(dist.new_group, timeout=patience)
         if self.world_size == dist.get_world_size():
             group = make(self.global_ranks, backend=backend, group_desc=description)
         else:
@@ -123,7 +124,12 @@ class Collectives:
         # Not destroyed before close(): torch would give their names, and with them their old addresses, to the new
         # ones.
         self._abandoned += [group for group in (self._data, self._control) if group is not None]
-        self._open()
+        # One rank may come here at once and another when its own wait has ended.
+        patience = None if self._timedelta is None else 2 * self._timedelta + datetime.timedelta(seconds=10)
+        try:
+            self._open(patience)
+        except RuntimeError as error:
+            raise self._without_word(error) from error
 
     def close(self) -> None:
         """Give all groups back; nothing can be sent afterwards. Not a collective."""
@@ -230,12 +236,14 @@ class Collectives:
             return [tensor]
         local = tensor.detach().cpu().contiguous()
         found = [torch.empty_like(local) for _ in range(self.world_size)] if everywhere or self.rank == 0 else None
-        if everywhere:
-            assert found is not None
-            dist.all_gather([_as_bytes(one) for one in found], _as_bytes(local), group=self._control)
-        else:
-            views = None if found is None else [_as_bytes(one) for one in found]
-            dist.gather(_as_bytes(local), views, dst=self.global_ranks[0], group=self._control)
+        views = None if found is None else [_as_bytes(one) for one in found]
+        try:
+            if everywhere:
+                dist.all_gather(views or [], _as_bytes(local), group=self._control)
+            else:
+                dist.gather(_as_bytes(local), views, dst=self.global_ranks[0], group=self._control)
+        except RuntimeError as error:
+            raise self._without_word(error) from error
         return found
 
     # --- numbers ---------------------------------------------------------------------------------------------------

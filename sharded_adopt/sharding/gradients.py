@@ -50,8 +50,8 @@ class GradientSource(Protocol):
     def grads(self, verdict: Verdict) -> list[Tensor]:
         """The tensors on this rank that a factor must multiply to scale the gradient."""
 
-    def drop(self) -> None:
-        """The user has set every `param.grad` to None or zero."""
+    def drop(self, set_to_none: bool) -> None:
+        """The user has set every `param.grad` to None, or to zero."""
 
     def close_round(self) -> None:
         """A step has used the gradients."""
@@ -131,7 +131,7 @@ class GivenGradients:
     def finish_all(self) -> None:
         """Nothing to wait for."""
 
-    def drop(self) -> None:
+    def drop(self, set_to_none: bool) -> None:
         """Nothing is kept beside `param.grad`."""
 
     def close_round(self) -> None:

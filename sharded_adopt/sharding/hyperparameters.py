@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,24 @@ import torch
 from torch import Tensor
 
 
-def comparable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's hyperparameters for comparison between ranks."""
-    values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    # The address in a function's repr differs between ranks that pass the same function.
-    return {k: getattr(v, "__qualname__", v) if callable(v) and "0x" in repr(v) else v for k, v in values.items()}
+def comparable(group: Mapping[str, Any]) -> dict[str, str]:
+    """A group's hyperparameters in words that are equal on two ranks exactly if the values are."""
+    return {key: _in_words(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        # Its own words show four digits, and the number of the device, which differs between ranks.
+        return f"{value.dtype} {value.tolist()!r}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_in_words, value))})"
+    # The address in the words of a function or an object differs between ranks that pass the same.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def summary_of_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Every value of every group under a name that an error can show."""
-    return {f"group {n}.{k}": repr(v) for n, group in enumerate(groups) for k, v in comparable(group).items()}
+    return {f"group {n}.{key}": words for n, group in enumerate(groups) for key, words in comparable(group).items()}
 
 
 def to_json(key: str, value: Any) -> object:

@@ -224,6 +224,24 @@ class InnerOptimizer:
         probe = self._make([{**own, "params": []} for own in self.groups])
         probe.load_state_dict({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
 
+    def begin_anew(self, segment: Tensor) -> None:
+        """Bring the state of a segment back to how it began; what the class makes as it steps is dropped."""
+        own = self.state_of(segment)
+        if self.makes_state_early:
+            for value in own.values():
+                value.zero_()
+            return
+        groups = self._bucket_of[segment].param_groups
+        group = next(g for g in groups if any(member is segment for member in g["params"]))
+        first = self._make([{**without_params(group), "params": [segment]}]).state.get(segment, {})
+        for key, value in list(own.items()):
+            if key not in first:
+                del own[key]
+            elif isinstance(value, Tensor):
+                value.copy_(first[key])
+            else:
+                own[key] = first[key]
+
     def translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict of another class for the same rule in this class's own words."""
         return foreign.translate(state_dict) if isinstance(self._template, ADOPT) else state_dict

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sharded_adopt.adopt import ADOPT
 from sharded_adopt.from_adamw import AdamSource, read_live
-from sharded_adopt.sharding.agreement import require_same_layout
+from sharded_adopt.sharding.agreement import require_same, require_same_layout
 from sharded_adopt.sharding.arguments import check_arguments
 from sharded_adopt.sharding.collectives import Collectives
 from sharded_adopt.sharding.gradients import GivenGradients, GradientSource, Verdict
@@ -33,10 +33,10 @@ from sharded_adopt.sharding.handover import (
 from sharded_adopt.sharding.hyperparameters import comparable, summary_of_groups
 from sharded_adopt.sharding.inner import InnerOptimizer, OptimizerClass, read_defaults, refuse_not_elementwise
 from sharded_adopt.sharding.layout import Layout
-from sharded_adopt.sharding.norm import clip_factor, total_norm
-from sharded_adopt.sharding.parameters import ShardedParameters
+from sharded_adopt.sharding.norm import check_clipping, clip_factor, total_norm
+from sharded_adopt.sharding.parameters import ShardedParameters, broadcast_buffers
 from sharded_adopt.sharding.plan import EngineOptions, MemoryPlan, StateCost, plan_memory
-from sharded_adopt.sharding.reducer import GradientReducer
+from sharded_adopt.sharding.reducer import GradientReducer, refuse_taken
 from sharded_adopt.sharding.state import ShardedState
 from sharded_adopt.sharding.stateful import StatefulShards
 from sharded_adopt.sharding.watch import ModuleWatch, module_of
@@ -135,6 +135,7 @@ class ShardedOptimizer(StatefulShards):
             if module is not None and reduce_gradients:
                 refuse_missing(module, groups)
             own_defaults = read_defaults(optimizer_class, groups, defaults)
+            self._refuse_taken(groups, shard_gradients)
             super().__init__([group.as_param_group() for group in groups], own_defaults)
         except Exception as caught:
             error = caught
@@ -165,8 +166,12 @@ class ShardedOptimizer(StatefulShards):
         self._take_over(groups, self._agreed_layout(groups))
         self._built = True
         if module is not None and reduce_gradients:
-            for buffer in module.buffers():
-                self._collectives.broadcast_(buffer)
+            broadcast_buffers(module, self._collectives)
+
+    def _refuse_taken(self, groups: Sequence[Group], frees: bool) -> None:
+        if self._reduces:
+            for group in groups:
+                refuse_taken(group.params, group.names, frees)
 
     def _agreed_layout(self, groups: Sequence[Group]) -> Layout:
         """Lay out groups that are in `param_groups` already, the same on every rank. Collective."""
@@ -257,19 +262,26 @@ class ShardedOptimizer(StatefulShards):
         """
         return self._synchronize("synchronize_gradients")
 
-    def _synchronize(self, about: str) -> Verdict:
-        verdict = self._agree(about)
+    def _synchronize(
+        self, about: str, call: Mapping[str, float] | None = None, problem: Exception | None = None
+    ) -> Verdict:
+        verdict = self._agree(about, call, problem)
         self._gradients.finish_all()
         return verdict
 
-    def _agree(self, about: str) -> Verdict:
-        """Exchange what happened since the last step; see that all ranks are in `about`, with equal hyperparameters."""
+    def _agree(self, about: str, call: Mapping[str, float] | None = None, problem: Exception | None = None) -> Verdict:
+        """Exchange what happened since the last step; see that all ranks are in `about`, with equal hyperparameters.
+
+        `call`: arguments that must be the same everywhere. `problem`: what this rank was called with wrong.
+        """
         self._collectives.about = about
-        problem = self._watch.problem() or self._parameters.rebind()
-        digest = zlib.crc32(repr((about, summary_of_groups(self.param_groups))).encode()).to_bytes(4, "big")
+        problem = problem or self._watch.problem() or self._parameters.rebind()
+        words = repr((about, call, summary_of_groups(self.param_groups)))
+        digest = zlib.crc32(words.encode()).to_bytes(4, "big")
         verdict = self._gradients.agree(self._nothing_stepped, problem, digest)
         if not verdict.digests_agree:
             require_same_layout(self._collectives, self.layout, [comparable(group) for group in self.param_groups])
+            require_same(self._collectives, f"the call of {about}", dict(call or {}))
         return verdict
 
     @torch.no_grad()
@@ -281,12 +293,12 @@ class ShardedOptimizer(StatefulShards):
         The norm is that of all gradients of all parameter groups, as `torch.nn.utils.clip_grad_norm_` gives it: a 0-dim
         fp32 tensor (fp64 for fp64 gradients). It is taken in double, rank by rank. Gradients are scaled in place.
 
-        Raises `RuntimeError` on every rank for a norm that is not finite with `error_if_nonfinite`.
+        Raises on every rank: `RuntimeError` for a norm that is not finite with `error_if_nonfinite`, `ValueError` for
+        arguments that cannot be or that differ by rank. `norm_type` must be above 0; `inf` is the largest element.
         """
+        call, problem = check_clipping(max_norm, norm_type)
         norm_type = float(norm_type)
-        if not float(max_norm) >= 0:
-            raise ValueError(f"max_norm must be at least 0, got {float(max_norm)}")
-        verdict = self._synchronize("clip_grad_norm_")
+        verdict = self._synchronize("clip_grad_norm_", call, problem)
         parts = [self._gradients.segment_grad(place) for place in self._state.places if place.param in verdict.present]
         total = total_norm(parts, norm_type, self._collectives)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -309,6 +321,7 @@ class ShardedOptimizer(StatefulShards):
         The call adds up four numbers a rank, on the CPU where there are several. Equal on every rank. Raises
         `TypeError` where the optimizer inside is not ADOPT.
         """
+        self._collectives.about = "stats"
         self._inner.record(True)
         sums = self._inner.sums()
         self._inner.record(record)
@@ -327,7 +340,7 @@ class ShardedOptimizer(StatefulShards):
                 "fp16 gradients cannot be unscaled in place, they would vanish: keep fp32 or bf16 parameters, and "
                 "compute in fp16 with torch.autocast"
             )
-        verdict = self._synchronize("unscale_gradients_")
+        verdict = self._synchronize("unscale_gradients_", {"inv_scale": float(inv_scale)})
         found_inf = torch.zeros(())
         for grad in self._gradients.grads(verdict):
             grad.mul_(inv_scale.to(device=grad.device))
@@ -342,7 +355,7 @@ class ShardedOptimizer(StatefulShards):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of this round, as torch does; with `shard_gradients` also what has been reduced of it."""
         super().zero_grad(set_to_none)
-        self._gradients.drop()
+        self._gradients.drop(set_to_none)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward accumulates gradients on this rank only; the next backward outside reduces the sum."""
@@ -385,6 +398,7 @@ class ShardedOptimizer(StatefulShards):
             for name, tensor in zip(groups[0].names, groups[0].params, strict=True):
                 if id(tensor) in known:
                     raise ValueError(f"parameter {name!r} is in this optimizer already, as {known[id(tensor)]!r}")
+            self._refuse_taken(groups, self._reduces and not self._keeps_gradients)
             super().add_param_group(groups[0].as_param_group())
             self._inner.add_group(groups[0].options)
         except Exception as caught:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sharded_adopt.sharding.agreement import require_same
 from sharded_adopt.sharding.buckets import BucketBuffer, view_like
 from sharded_adopt.sharding.collectives import Collectives, Pending
 from sharded_adopt.sharding.layout import Layout
@@ -154,3 +155,19 @@ class ShardedParameters:
         before the step would use the new values without a word.
         """
         torch.autograd.graph.increment_version([self.tensors[index] for index in indices])
+
+
+def broadcast_buffers(module: nn.Module, group: Collectives) -> None:
+    """Give every rank the first rank's buffers of `module`. Collective.
+
+    Raises `RanksDisagree` on every rank where they are not alike, `ValueError` for one that cannot be written.
+    """
+    buffers = dict(module.named_buffers())
+    error = None
+    for name, buffer in buffers.items():
+        if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+            error = ValueError(f"buffer {name!r} of the module is expanded: replace it by its .contiguous() copy")
+    group.raise_together(error)
+    require_same(group, "the module", {f"buffer {n}": [list(b.shape), str(b.dtype)] for n, b in buffers.items()})
+    for buffer in buffers.values():
+        group.broadcast_(buffer)

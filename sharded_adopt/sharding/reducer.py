@@ -12,8 +12,9 @@ raised at once, because the others get one too.
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,29 @@ from sharded_adopt.sharding.plan import MAX_FREED_IN_FLIGHT, MAX_KEPT_IN_FLIGHT
 from sharded_adopt.sharding.reduction import BucketReduction
 from sharded_adopt.sharding.scratch import Scratch
 
+_alive: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
+
+
+def refuse_taken(tensors: Iterable[Tensor], names: Iterable[str], frees: bool) -> None:
+    """Raise `ValueError` for a parameter whose gradients a live reducer takes away, or would lose to one that `frees`.
+
+    Both would have hooks on it, and the first to run leaves the other nothing.
+    """
+    found = _taken(tensors, names, frees)
+    if found:
+        gc.collect()  # an optimizer and its scheduler know each other: dropped, they may be here still
+        found = _taken(tensors, names, frees)
+    if found:
+        raise ValueError(
+            f"another sharded optimizer is alive that holds {found[:5]}, and with shard_gradients=True one of the two "
+            "would take the other's gradients: drop the other first, and the schedulers that hold it"
+        )
+
+
+def _taken(tensors: Iterable[Tensor], names: Iterable[str], frees: bool) -> list[str]:
+    held = {id(p) for one in _alive if frees or one.frees for bucket in one.buckets for p in bucket.params.values()}
+    return [name for tensor, name in zip(tensors, names, strict=True) if id(tensor) in held]
+
 
 class GradientReducer:
     """Averages gradients over the ranks, bucket by bucket, while backward runs. See [Note: a round].
@@ -36,6 +60,8 @@ class GradientReducer:
     """
 
     def __init__(self, group: Collectives, overlap: bool, frees: bool, wire_dtype: torch.dtype | None) -> None:
+        _alive.add(self)
+        self.frees = frees
         self._group = group
         self._wire_dtype = wire_dtype
         self._overlap = overlap
@@ -43,7 +69,7 @@ class GradientReducer:
         self._scratch = Scratch()
         self._syncs = True
         self._layout = Layout(group.world_size, (), ())
-        self._buckets: list[BucketReduction] = []
+        self.buckets: list[BucketReduction] = []
         self._of_param: dict[int, BucketReduction] = {}
         self._hooked: set[int] = set()
         self._next = 0  # the first bucket that is not launched in this round
@@ -52,13 +78,13 @@ class GradientReducer:
     def add(self, layout: Layout, params: Sequence[Tensor], buffers: Sequence[BucketBuffer]) -> None:
         """Take over the parameters and buckets that came behind the known ones. Not within a round."""
         self._layout = layout
-        for buffer in buffers[len(self._buckets) :]:
+        for buffer in buffers[len(self.buckets) :]:
             bucket = BucketReduction(buffer, params, layout.params, self._errors, self._scratch, self._wire_dtype)
             numel, dtype, device = buffer.bucket.padded_numel, buffer.params.dtype, buffer.params.device
             self._group.announce(numel, dtype, device, self._wire_dtype)
             if len(bucket.params) > 1:
                 self._scratch.announce(numel, dtype, device)
-            self._buckets.append(bucket)
+            self.buckets.append(bucket)
             self._of_param.update(dict.fromkeys(bucket.params, bucket))
         self._watch()
 
@@ -80,19 +106,19 @@ class GradientReducer:
         bucket = self._of_param[index]
         if bucket.round.launched and not bucket.keeps:
             # Another backward: what it makes waits for the exchange, and nothing else shall wait with it.
-            self._buckets[self._next - 1].finish()
+            self.buckets[self._next - 1].finish()
         reduces = self._syncs and self._overlap
         bucket.after_accumulation(index, is_last=reduces)
         if self._syncs:
             bucket.round.ready.add(index)
         if reduces:
-            while self._next < len(self._buckets) and self._buckets[self._next].is_full():
+            while self._next < len(self.buckets) and self.buckets[self._next].is_full():
                 self._launch_next()
 
     def _launch_next(self) -> None:
         if self._next >= self._max_in_flight:
-            self._buckets[self._next - self._max_in_flight].finish()
-        self._buckets[self._next].launch(self._group)
+            self.buckets[self._next - self._max_in_flight].finish()
+        self.buckets[self._next].launch(self._group)
         self._next += 1
 
     def agree(self, ask_nonzero: bool, problem: Exception | None, digest: bytes) -> Verdict:
@@ -107,38 +133,38 @@ class GradientReducer:
         """
         if problem is not None:
             self._errors.insert(0, problem)
-        while self._next < len(self._buckets):
+        while self._next < len(self.buckets):
             self._launch_next()
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.check_untouched()
             bucket.collect_late()
         if ask_nonzero:
             self.finish_all()
         verdict, late, dropped = self._exchange(ask_nonzero, digest)
         for index in late:
-            self._buckets[index].reduce_late(self._group, dropped)
-        for bucket in self._buckets:
+            self.buckets[index].reduce_late(self._group, dropped)
+        for bucket in self.buckets:
             bucket.point_grads(verdict.present)
         self._watch()
         return verdict
 
     def finish(self, bucket: int) -> None:
         """Wait for the averaged gradients of a bucket."""
-        self._buckets[bucket].finish()
+        self.buckets[bucket].finish()
 
     def finish_all(self) -> None:
         """Wait for all of them."""
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.finish()
 
     def _exchange(self, ask_nonzero: bool, digest: bytes) -> tuple[Verdict, list[int], set[int]]:
         """The one exchange of a round. Returns the verdict, the buckets to reduce again, and the dropped parameters."""
         error = self._errors[0] if self._errors else None
-        params, buckets = len(self._layout.params), len(self._buckets)
+        params, buckets = len(self._layout.params), len(self.buckets)
         kept, dropped, again = (torch.zeros(params, dtype=torch.uint8) for _ in range(3))
         late = torch.zeros(buckets, dtype=torch.uint8)
         nonzero = torch.zeros(1, dtype=torch.uint8)
-        for number, bucket in enumerate(self._buckets):
+        for number, bucket in enumerate(self.buckets):
             kept[list(bucket.round.first - bucket.round.dropped)] = 1
             dropped[list(bucket.round.dropped)] = 1
             again[list(bucket.round.again)] = 1
@@ -169,22 +195,22 @@ class GradientReducer:
 
     def segment_grad(self, segment: Segment) -> Tensor:
         """The averaged gradient of `segment`, 1-D: a view of its bucket's mean."""
-        return self._buckets[segment.bucket].mean[segment.shard_start : segment.shard_start + segment.numel]
+        return self.buckets[segment.bucket].mean[segment.shard_start : segment.shard_start + segment.numel]
 
     def grads(self, verdict: Verdict) -> list[Tensor]:
         """This rank's segments of the mean. Not whole slices: what lies between parameters must stay zero."""
         places = self._layout.segments(self._group.rank)
         return [self.segment_grad(place) for place in places if place.param in verdict.present and place.numel]
 
-    def drop(self) -> None:
-        """The user has dropped all gradients through the optimizer."""
-        for bucket in self._buckets:
-            bucket.drop()
+    def drop(self, set_to_none: bool) -> None:
+        """The user has dropped all gradients through the optimizer, or made zeros of them."""
+        for bucket in self.buckets:
+            bucket.drop(set_to_none)
 
     def close_round(self) -> None:
         """A step has used the gradients: what is still there at the next backward is added to, as in torch."""
         self._next = 0
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.close()
 
     @contextlib.contextmanager
@@ -200,7 +226,7 @@ class GradientReducer:
         """Forget the round and what is under way; all gradients are None afterwards. Not a collective."""
         self._next = 0
         self._errors.clear()
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.abandon()
 
 

@@ -77,6 +77,8 @@ class BucketReduction:
         self.version = 0
         self.holds_step = False  # what is in the kept buffer was used by a step already
         self.round = _Round()
+        self.had: set[int] = set()  # freed gradients: had one that the last step has used
+        self.zeroed: set[int] = set()  # freed gradients: the user has made a zero of it
         if buffer.grads is not None:
             self._use(buffer.grads)
             self.mean = buffer.grads[buffer.shard]
@@ -239,6 +241,7 @@ class BucketReduction:
         self.opened()
         for index in absent:
             self.views[index].zero_()
+        self.round.first |= self.zeroed
         self.start(group, again=False)
 
     def start(self, group: Collectives, again: bool) -> None:
@@ -337,10 +340,14 @@ class BucketReduction:
         late = [] if self.keeps else [self.params[index].grad for index in self.round.again]
         return any(bool(part.any()) for part in (*parts, *late) if part is not None)
 
-    def drop(self) -> None:
-        """The user has dropped all gradients: forget those that are not in `param.grad` any more."""
+    def drop(self, set_to_none: bool) -> None:
+        """The user has dropped all gradients: forget those that are not in `param.grad` any more.
+
+        Made zeros instead, they stay gradients, as torch's do: those that a step has used, and those of this round.
+        """
         if self.keeps:
             return
+        self.zeroed = set() if set_to_none else self.zeroed | self.had | self.round.first | self.round.taken
         self.round.dropped |= self.round.first
         self.round.taken.clear()
         if not self.round.launched:
@@ -348,6 +355,7 @@ class BucketReduction:
 
     def close(self) -> None:
         """A step has used the round's gradients."""
+        self.had, self.zeroed = self.round.first - self.round.dropped, set()
         self.round = _Round()
         self.carry = None
         self.holds_step = self.keeps

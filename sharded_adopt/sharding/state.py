@@ -184,9 +184,8 @@ class ShardedState:
             main = entries.pop(MAIN_KEY, None)
             if main is not None:
                 segment.copy_(main)
-            for key, value in own.items():
-                if key not in entries and isinstance(value, Tensor):
-                    value.zero_()
+            if not entries:
+                self._inner.begin_anew(segment)
             for key, value in entries.items():
                 present = own.get(key)
                 if isinstance(present, Tensor) and isinstance(value, (Tensor, int, float)):
