@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -137,6 +138,45 @@ def violations(name: str, source: str) -> list[str]:
     if distributed and not any(within(name, part) for part in TALK_TO_TORCH_DISTRIBUTED):
         wrong.append(f"{name} uses torch.distributed")
     return wrong
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+ROOMS = PAGE.read_text(encoding="utf-8").split("## The rooms")[1].split("```")[1]
+# A row of the page: file, what it holds, and after two spaces what it imports, which may go on in the next line.
+ROOM = re.compile(
+    r"^(?P<indent> +)(?P<file>\w+)\.py  +\S+(?: \S+)*  +(?P<imports>\S.*(?:\n {60,}\S.*)*)$", re.MULTILINE
+)
+EVERYTHING_BEFORE = "all of the above"
+
+
+def shown(page: str) -> dict[str, set[str]]:
+    """What the page says that each module of the engine, and each that is in no folder, imports."""
+    above, rest = page.split("\n  sharding/\n")
+    engine, below = rest.split("\n  checkpoint/")
+    return {
+        prefix + row["file"]: set(re.split(r",\s*", row["imports"])) - {"nothing"}
+        for indent, prefix, part in ((2, "", above), (4, "sharding.", engine), (2, "", below))
+        for row in ROOM.finditer(part)
+        if len(row["indent"]) == indent
+    }
+
+
+def as_shown(name: str) -> set[str]:
+    """What `name` really imports, in the words of the page: siblings by their name, of other folders the folder."""
+    folder = name.rpartition(".")[0]
+    names = of_ours(SOURCES[name]) - {name}
+    return {one.removeprefix(f"{folder}.") if within(one, folder) else one.partition(".")[0] for one in names}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in SOURCES if name.startswith("sharding.") or (ROOT / f"{name}.py").is_file())
+)
+def test_the_page_says_what_a_module_imports(name: str) -> None:
+    said = shown(ROOMS)[name]
+    if said == {EVERYTHING_BEFORE}:
+        before = ROOMS[: ROOMS.index(f" {name.rpartition('.')[2]}.py ")]
+        said = as_shown(name) & set(re.findall(r"^ +(\w+)(?:\.py|/)", before, re.MULTILINE))
+    assert said == as_shown(name)
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
