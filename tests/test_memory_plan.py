@@ -16,6 +16,7 @@ from resident import storages
 from torch import Tensor, nn
 
 from sharded_adopt import ADOPT, ShardedOptimizer
+from sharded_adopt.sharding.flat_shard import FlatShard
 from sharded_adopt.sharding.plan import MemoryPlan
 
 MIB = 2**20
@@ -157,3 +158,59 @@ def test_what_is_sent_equals_the_plan(world_size: int, name: str) -> None:
     for found in (of_rank[name] for of_rank in measured(world_size)):
         assert found.sent == found.plan.sent
         assert (found.sent > 0) == (world_size > 1)
+
+
+# Of every class two groups that keep different things, where it can.
+UNLIKE: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {
+    "SGD, one with momentum": (torch.optim.SGD, {"momentum": 0.9}, {}),
+    "RMSprop, one centered with momentum": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}, {}),
+    "AdamW, one with amsgrad": (torch.optim.AdamW, {"amsgrad": True}, {}),
+    "ADOPT in two state dtypes of one size": (ADOPT, {"state_dtype": torch.bfloat16}, {"state_dtype": torch.float16}),
+    "Adagrad, which makes its state with itself": (torch.optim.Adagrad, {}, {"lr_decay": 0.1}),
+    "Adadelta": (torch.optim.Adadelta, {}, {"rho": 0.5}),
+}
+# In elements. In one bucket over two or three ranks some shards hold a group whole, some not at all, some in part.
+SPLITS = ([1000, 1000], [3001, 7, 500, 0, 1], [5])
+
+
+def state_nbytes(optimizer: ShardedOptimizer) -> int:
+    values = [value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
+    live = [(value.to_local() if isinstance(value, FlatShard) else value).untyped_storage() for value in values]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in live}.values())
+
+
+def state_planned_and_held(rank: int, world_size: int) -> dict[str, list[tuple[int, int]]]:
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, (cls, first, second) in UNLIKE.items():
+        for sizes in SPLITS:
+            params = [nn.Parameter(torch.ones(size)) for size in sizes]
+            groups = [{"params": params[::2], **first}, {"params": params[1::2], **second}]
+            optimizer = ShardedOptimizer([g for g in groups if g["params"]], cls, lr=1e-3)
+            planned = optimizer.memory_plan().state
+            for _ in range(2):
+                torch.stack([(param * (rank + 1)).sum() for param in params]).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert optimizer.memory_plan().state == planned
+            found.setdefault(name, []).append((planned, state_nbytes(optimizer)))
+    return found
+
+
+@functools.cache
+def planned_and_held(world_size: int) -> list[dict[str, list[tuple[int, int]]]]:
+    return run_ranks(world_size, state_planned_and_held)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_state_that_each_rank_holds_equals_its_plan_where_groups_keep_different_things(
+    world_size: int, name: str
+) -> None:
+    for rank, of_rank in enumerate(planned_and_held(world_size)):
+        for sizes, (planned, held) in zip(SPLITS, of_rank[name], strict=True):
+            assert held == planned, (rank, sizes)
+
+
+def test_a_rank_whose_shard_has_no_momentum_is_planned_without() -> None:
+    states = [of_rank["SGD, one with momentum"][0] for of_rank in planned_and_held(2)]
+    assert states == [(0, 0), (4000, 4000)]  # the last parameter comes first, and is rank 0's

@@ -276,10 +276,10 @@ def _peers(layout: Layout, state: Mapping[tuple[int, str], StateCost], options: 
         seen = segment_dtype(DTYPES[param.key.dtype], options).itemsize
         parameters += param.numel * param.itemsize
         main += param.numel * seen * (seen != param.itemsize)
-        held += param.numel * sum(cost.of_element.values()) + cost.counters
+        held += param.numel * cost.of_element + cost.counters
         share = -(-param.numel // world_size)
         shards += share * seen
-        sharded_state += share * sum(cost.of_element.values()) + cost.counters
+        sharded_state += share * cost.of_element + cost.counters
         sent += param.numel * param.itemsize * (world_size - 1) // world_size
     return {
         "DDP": _Peer(parameters, parameters, held, main, 2 * sent),

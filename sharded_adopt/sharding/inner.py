@@ -14,7 +14,7 @@ from sharded_adopt.adopt import ADOPT
 from sharded_adopt.sharding.buckets import BucketBuffer
 from sharded_adopt.sharding.groups import Group
 from sharded_adopt.sharding.layout import Segment
-from sharded_adopt.sharding.plan import StateCost
+from sharded_adopt.sharding.plan import Dtype, StateCost
 
 OptimizerClass = Callable[..., Optimizer]
 
@@ -98,7 +98,7 @@ class InnerOptimizer:
     @property
     def makes_state_early(self) -> bool:
         """Whether all state is there from the start; other classes make and replace theirs as they step."""
-        return isinstance(self._template, ADOPT) or type(self._template) in (Adam, AdamW)
+        return _makes_state_early(self._template)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -255,6 +255,10 @@ class InnerOptimizer:
         _step_without_hooks(self._buckets[bucket])
 
 
+def _makes_state_early(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, ADOPT) or type(optimizer) in (Adam, AdamW)
+
+
 def _step_without_hooks(optimizer: Optimizer) -> None:
     step = type(optimizer).step
     getattr(step, "__wrapped__", step)(optimizer)
@@ -271,10 +275,18 @@ def state_cost(
     probe = torch.zeros(2, dtype=dtype, device=device)
     probe.grad = torch.zeros_like(probe)
     optimizer = optimizer_class([{**options, "params": [probe]}], **defaults)
+    made = set(optimizer.state[probe])  # Adagrad's is there as soon as it knows its parameters
     _step_without_hooks(optimizer)
-    tensors = {key: value for key, value in optimizer.state[probe].items() if isinstance(value, Tensor)}
-    of_element = {key: value.itemsize for key, value in tensors.items() if is_of_segment(value, probe)}
-    return StateCost(of_element, sum(value.nbytes for key, value in tensors.items() if key not in of_element))
+    flat: dict[str, Dtype] = {}
+    loose: dict[str, Dtype] = {}
+    counters = 0
+    for key, value in optimizer.state[probe].items():
+        if is_of_segment(value, probe):
+            where = flat if key in made or _makes_state_early(optimizer) else loose
+            where[key] = Dtype(str(value.dtype).removeprefix("torch."), value.itemsize)
+        elif isinstance(value, Tensor):
+            counters += value.nbytes
+    return StateCost(flat, loose, counters)
 
 
 def without_params(group: Mapping[str, Any]) -> dict[str, Any]:

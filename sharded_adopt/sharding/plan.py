@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sharded_adopt.sharding.layout import Bucket, Layout
+from sharded_adopt.sharding.layout import Bucket, Layout, Segment
 
 # A bucket in flight holds what the other ranks sent until it is added up: this bounds that memory. Freed gradients
 # are in flight one bucket at a time, so that with the one that fills there are never more than three buckets' worth.
@@ -24,10 +24,20 @@ class Dtype:
 
 @dataclass(frozen=True, slots=True)
 class StateCost:
-    """What an optimizer keeps for one parameter: bytes of each element by the name of the entry, and of counters."""
+    """What an optimizer keeps for one parameter: the dtypes of its entries by their names, and bytes of counters.
 
-    of_element: Mapping[str, int]
+    `flat`: entries that are there before the first step; those of a bucket lie in one tensor as long as the shard,
+    whichever of its parameters have them. `loose`: entries that the first step of a segment makes, each of its size.
+    """
+
+    flat: Mapping[str, Dtype]
+    loose: Mapping[str, Dtype]
     counters: int
+
+    @property
+    def of_element(self) -> int:
+        """Bytes for each element of the parameter."""
+        return _nbytes(self.flat.values()) + _nbytes(self.loose.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class MemoryPlan:
 
     `parameters`: the flat buffers that all parameters are views of. `gradients`: what is kept of them between backward
     and step: whole flat buffers, this rank's shards of them, or whole tensors that somebody else averages. `state`:
-    this rank's shard of the optimizer state, and the counters of all parameters. `main_parameters`: its fp32 values of
+    this rank's part of the optimizer state, and the counters of all parameters. `main_parameters`: its fp32 values of
     16-bit parameters. `in_flight`: buffers for the buckets under way, borrowed within a step and kept for the next.
     `largest_gradient`: what autograd makes before it is in its bucket. `accumulated`: with `shard_gradients`, the whole
     gradients that wait in `param.grad` where backward runs more than once before a step; kept ones add up in place.
@@ -117,6 +127,7 @@ def plan_memory(
     `state`: what the optimizer keeps for a parameter, by its group and the name of its dtype.
     """
     others = layout.world_size - 1
+    segments = layout.segments(rank)
     itemsize = {param.key.dtype: param.itemsize for param in layout.params}
     parameters = gradients = held = main = sent_gradients = sent_parameters = 0
     pools: dict[tuple[str, str], _Pool] = {}
@@ -126,9 +137,7 @@ def plan_memory(
         gathered = _narrower(dtype, options.gather_dtype)
         parameters += bucket.padded_numel * dtype.itemsize
         gradients += _gradient_numel(bucket, options) * dtype.itemsize
-        costs = {(p.group, p.key.dtype): p for p in (layout.params[one.param] for one in bucket.placements)}
-        entries = {entry for key in costs for entry in state[key].of_element.items()}
-        held += bucket.shard_numel * sum(nbytes for _, nbytes in entries)
+        held += _state_nbytes(layout, bucket, state, segments)
         narrows = gathered is not dtype
         main += bucket.shard_numel * (4 if _is_16_bit(dtype) and options.keeps_main else narrows * dtype.itemsize)
         sent_parameters += bucket.shard_numel * others * gathered.itemsize
@@ -151,6 +160,23 @@ def plan_memory(
         sent_gradients=sent_gradients,
         sent_parameters=sent_parameters,
     )
+
+
+def _state_nbytes(
+    layout: Layout, bucket: Bucket, state: Mapping[tuple[int, str], StateCost], segments: Sequence[Segment]
+) -> int:
+    flat: set[tuple[str, Dtype]] = set()
+    loose = 0
+    for placement in bucket.placements:
+        param = layout.params[placement.param]
+        cost = state[param.group, param.key.dtype]
+        flat.update(cost.flat.items())
+        loose += segments[placement.param].numel * _nbytes(cost.loose.values())
+    return bucket.shard_numel * _nbytes(dtype for _, dtype in flat) + loose
+
+
+def _nbytes(dtypes: Iterable[Dtype]) -> int:
+    return sum(dtype.itemsize for dtype in dtypes)
 
 
 def segment_dtype(dtype: Dtype, options: EngineOptions) -> Dtype:
