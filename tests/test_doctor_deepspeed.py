@@ -277,6 +277,36 @@ def test_with_hf_what_trainer_passes_over_or_refuses_is_warned_of(
     assert [(f.severity, f.trap, f.where, f.change) for f in every] == [("warning", *expected, line)]
 
 
+@pytest.mark.parametrize(
+    ("change", "where", "line"),
+    [
+        (optimizer(lr=1e-3), "optimizer.lr", '"params": {"lr": "auto"}'),
+        (top(gradient_cliping=1.0), "gradient_cliping", '"gradient_clipping": "auto"'),
+        (
+            params(beta2=0.95),
+            "optimizer.params.beta2",
+            'take "beta2" out (ADOPT\'s own is [0.9, 0.9999]), or "betas": "auto" with '
+            "TrainingArguments(adam_beta1=0.9, adam_beta2=0.95)",
+        ),
+        (
+            lambda c: c["optimizer"].update(params={"learning_rate": 0.1, "weight_decay": "auto", "decouple": True}),
+            "optimizer.params.learning_rate",
+            '"lr": "auto", with TrainingArguments(learning_rate=0.1)',
+        ),
+        (
+            params(max_grad_norm=2.0),
+            "optimizer.params.max_grad_norm",
+            '"gradient_clipping": "auto", with TrainingArguments(max_grad_norm=2.0), at the top level',
+        ),
+    ],
+)
+def test_with_hf_no_line_is_given_that_trainer_refuses(change: Change, where: str, line: str) -> None:
+    config = json.loads(json.dumps(CLEAN))
+    trainers(config)
+    change(config)
+    assert [(f.severity, f.where, f.change) for f in findings(config, GOOD_HOST, hf=True)] == [("error", where, line)]
+
+
 HOSTS: list[tuple[Host, tuple[str, str, str]]] = [
     (Host(has_deepspeed=False), ("error", "no-deepspeed", "host")),
     (Host(addresses=("127.0.1.1",)), ("warning", "host-name", "host")),

@@ -12,7 +12,7 @@ from sharded_adopt.interop.config_options import names
 from sharded_adopt.interop.deepspeed_finding import ERROR, NOTE, WARNING, Finding, at, is_offloaded, is_on, stage
 from sharded_adopt.interop.deepspeed_form import keys, not_an_object, shapes, values
 from sharded_adopt.interop.deepspeed_host import Host
-from sharded_adopt.interop.deepspeed_optimizer import clipping, optimizer
+from sharded_adopt.interop.deepspeed_optimizer import TRAINERS, clipping, optimizer
 
 # "auto" that is DeepSpeed's own and needs nobody to fill it in.
 _DEEPSPEEDS_OWN_AUTO = ("pipeline", "autotuning", "tensor_parallel")
@@ -37,7 +37,7 @@ def exit_code(found: tuple[Finding, ...]) -> int:
 
 def _of_config(config: Mapping[str, Any], hf: bool) -> Iterator[Finding]:
     yield from shapes(config)
-    yield from keys(config, names())
+    yield from keys(config, names(), TRAINERS if hf else ())
     yield from values(config, hf)
     yield from optimizer(config, hf)
     yield from _autos(config, hf)

@@ -108,14 +108,17 @@ def _shape(where: str, expected: str, got: object, change: str) -> Finding:
     return Finding(ERROR, "shape", where, f"expected {expected}, got {json.dumps(got, default=str)}", change)
 
 
-def keys(config: Mapping[str, Any], options: Iterable[str]) -> Iterator[Finding]:
-    """Yield the keys that are misspelt or not read; `options` are those of `optimizer.params`."""
-    yield from _top_level(config)
+def keys(config: Mapping[str, Any], options: Iterable[str], filled: Iterable[str] = ()) -> Iterator[Finding]:
+    """Yield the keys that are misspelt or not read.
+
+    `options`: those of `optimizer.params`. `filled`: keys and options for which "auto" is to be written.
+    """
+    yield from _top_level(config, tuple(filled))
     for section, read in _READ.items():
         inside = options if section == "optimizer" else ()
         for key, value in at(config, section).items():
             if key not in read:
-                yield _not_read(section, key, value, read, tuple(inside))
+                yield _not_read(section, key, value, read, tuple(inside), tuple(filled))
     for path, known in _CHECKED.items():
         for key, value in at(config, *path).items():
             if key not in known:
@@ -125,21 +128,24 @@ def keys(config: Mapping[str, Any], options: Iterable[str]) -> Iterator[Finding]
                 yield Finding(ERROR, "key", ".".join((*path, key)), message, change)
 
 
-def _top_level(config: Mapping[str, Any]) -> Iterator[Finding]:
+def _top_level(config: Mapping[str, Any], filled: tuple[str, ...]) -> Iterator[Finding]:
     for key, value in config.items():
         if key in _REMOVED:
             yield Finding(ERROR, "removed", key, "DeepSpeed has taken it out, and stops", f'take "{key}" out')
         elif key not in (*_DECIDES, *_ASIDE) and (near := _near(key, (*_DECIDES, *_ASIDE))):
             severity = ERROR if near in _DECIDES else WARNING
             message = "DeepSpeed reads no such key, and passes it over in silence"
-            yield Finding(severity, "key", key, message, _line(near, value))
+            yield Finding(severity, "key", key, message, _line(near, "auto" if near in filled else value))
 
 
-def _not_read(section: str, key: str, value: Any, read: tuple[str, ...], options: tuple[str, ...]) -> Finding:
+def _not_read(
+    section: str, key: str, value: Any, read: tuple[str, ...], options: tuple[str, ...], filled: tuple[str, ...]
+) -> Finding:
     where, message = f"{section}.{key}", f'DeepSpeed reads "type" and "params" of {section!r}, and passes this over'
     near = _near(key, read)
     inside = key if key in options else None if near else meant(key, options) if options else None
     if inside:
+        value = "auto" if inside in filled else value
         return Finding(ERROR, "key", where, message, f'"params": {{"{inside}": {json.dumps(value)}}}')
     if near:
         return Finding(ERROR, "key", where, message, _line(near, value))

@@ -75,7 +75,7 @@ def _params(cls: type[ADOPT], params: Mapping[str, Any], hf: bool) -> Iterator[F
             problem = "DeepSpeed refuses it here"
         yield Finding(ERROR, "option", f"optimizer.params.{name}", problem, change)
     if hf:
-        yield from _against_trainer(cls, {k: v for k, v in params.items() if k not in wrong})
+        yield from _against_trainer(cls, params, set(wrong))
     eps = params.get("eps")
     if isinstance(eps, float) and 0 < eps < 1e-7:
         message = f"{eps:g} is Adam's; ADOPT's eps is a lower bound of √v, and it takes 1e-6"
@@ -91,12 +91,11 @@ def _params(cls: type[ADOPT], params: Mapping[str, Any], hf: bool) -> Iterator[F
         )
 
 
-def _against_trainer(cls: type[ADOPT], params: Mapping[str, Any]) -> Iterator[Finding]:
-    """What Trainer makes of the usable `params`: filled in, passed over or refused."""
+def _against_trainer(cls: type[ADOPT], params: Mapping[str, Any], told: set[str]) -> Iterator[Finding]:
+    """What Trainer makes of `params`: filled in, passed over or refused; those of `told` have a line already."""
+    misspelt = {meant(name, names(cls)) for name in told if name not in names(cls)}
     for name in ("lr", "weight_decay"):
-        if name not in params and not any(
-            meant(other, names(cls)) == name for other in params if other not in names(cls)
-        ):
+        if name not in params and name not in misspelt:
             argument = TRAINERS[name][0][0]
             message = f"left out, TrainingArguments({argument}) is passed over in silence for {_default(cls, name)}"
             yield Finding(WARNING, "trainer-passed-over", f"optimizer.params.{name}", message, f'"{name}": "auto"')
@@ -108,7 +107,7 @@ def _against_trainer(cls: type[ADOPT], params: Mapping[str, Any]) -> Iterator[Fi
                 WARNING, "adams-constants", f"optimizer.params.{name}", message, _trainers(name, _default(cls, name))
             )
     for name, value in params.items():
-        if name in TRAINERS:
+        if name in TRAINERS and name not in told:
             yield from _refused_by_trainer(name, value, f"optimizer.params.{name}")
 
 
@@ -122,15 +121,15 @@ def _refused_by_trainer(name: str, value: Any, where: str) -> Iterator[Finding]:
         yield Finding(WARNING, "trainer-refuses", where, message, _trainers(name, value))
 
 
-def _trainers(name: str, value: Any) -> str:
-    """How `value` comes to ADOPT under Trainer, which compares what is in the config with its own arguments."""
+def _trainers(name: str, value: Any, written: str = "") -> str:
+    """How `value` comes to ADOPT under Trainer, which compares config and arguments. `written`: the key as it is."""
     arguments = TRAINERS[name][0]
     each = value if isinstance(value, (list, tuple)) and len(value) == len(arguments) else [value] * len(arguments)
     passed = f"TrainingArguments({', '.join(f'{a}={v!r}' for a, v in zip(arguments, each, strict=True))})"
     if name not in _ADAMS:
         return f'"{name}": "auto", with {passed}'
     own = json.dumps(_default(ADOPT, name))
-    return f'take "{name}" out (ADOPT\'s own is {own}), or "{name}": "auto" with {passed}'
+    return f'take "{written or name}" out (ADOPT\'s own is {own}), or "{name}": "auto" with {passed}'
 
 
 def _instead(cls: type[ADOPT], name: str, params: Mapping[str, Any], hf: bool) -> str:
@@ -153,7 +152,7 @@ def _instead(cls: type[ADOPT], name: str, params: Mapping[str, Any], hf: bool) -
     if is_bad:
         value = _default(cls, target)
     if hf and target in TRAINERS:
-        return _trainers(target, value)
+        return _trainers(target, value, name)
     return f'"{target}": {json.dumps(value)}' + (", or another value that it may have" if is_bad else "")
 
 
