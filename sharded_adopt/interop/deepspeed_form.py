@@ -43,7 +43,7 @@ _STAGE3 = (
     *("allgather_sequential", "use_all_reduce_for_fetch_params"),
 )
 # The keys of the sections that DeepSpeed checks: it stops for any other.
-_CHECKED: dict[tuple[str, ...], tuple[str, ...]] = {
+CHECKED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("zero_optimization",): (
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
         *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "zenflow"),
@@ -119,7 +119,7 @@ def keys(config: Mapping[str, Any], options: Iterable[str], filled: Iterable[str
         for key, value in at(config, section).items():
             if key not in read:
                 yield _not_read(section, key, value, read, tuple(inside), tuple(filled))
-    for path, known in _CHECKED.items():
+    for path, known in CHECKED.items():
         for key, value in at(config, *path).items():
             if key not in known:
                 near = _near(key, known)

@@ -13,6 +13,9 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make ecosystem")
 
 import torch
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed_cases import (
     LATE,
     OPTIONS,
@@ -36,6 +39,7 @@ import sharded_adopt.interop.deepspeed
 from sharded_adopt import ADOPT, ShardedADOPT
 from sharded_adopt.interop.deepspeed import assert_runs_adopt
 from sharded_adopt.interop.deepspeed_config import findings
+from sharded_adopt.interop.deepspeed_form import CHECKED
 from sharded_adopt.interop.deepspeed_host import Host
 
 EVERY_STAGE: dict[str, dict[str, Any]] = {
@@ -443,6 +447,20 @@ def test_what_the_doctor_calls_an_error_stops_in_deepspeed(name: str) -> None:
     assert {(f.severity, f.trap) for f in found if f.severity == "error"} == {("error", name.partition(",")[0])}
     with pytest.raises(RanksFailed):
         run_ranks(2, _step_with_client, STOPS[name])
+
+
+def test_the_keys_that_the_doctor_knows_are_those_of_deepspeed() -> None:
+    models = {
+        ("zero_optimization",): DeepSpeedZeroConfig,
+        ("zero_optimization", "offload_optimizer"): DeepSpeedZeroOffloadOptimizerConfig,
+        ("zero_optimization", "offload_param"): DeepSpeedZeroOffloadParamConfig,
+        ("fp16",): DeepSpeedFP16Config,
+        ("bf16",): DeepSpeedBF16Config,
+    }
+    for path, model in models.items():
+        fields = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+        assert set(CHECKED[path]) == fields, path
+    assert set(CHECKED) == set(models)
 
 
 def test_an_elastic_checkpoint_cannot_be_loaded_as_the_doctor_says(tmp_path: Path) -> None:
