@@ -1,10 +1,15 @@
-"""What benchmarks have in common: what they ran on, and ratios between times of the same round."""
+"""What benchmarks have in common: what they ran on, their ranks, and ratios between times of the same round."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,3 +41,21 @@ def ratio(times: list[float], reference: list[float]) -> dict[str, float]:
     """Return the median, least and most of the ratios of times that were taken in the same rounds."""
     ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def on_ranks(world_size: int, run: Callable[..., None], *args: Any) -> dict[str, Any]:
+    """Run `run(rank, world_size, directory, *args)` and return what rank 0 wrote into `found.json` of the directory.
+
+    Ranks are forked, so that torch is imported once. Exits where one fails; its error is above then.
+    """
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as directory:
+        ranks = [fork.Process(target=run, args=(rank, world_size, directory, *args)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            sys.exit(f"ranks ended with {[rank.exitcode for rank in ranks]}: see their errors above")
+        found: dict[str, Any] = json.loads(Path(directory, "found.json").read_text())
+        return found

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from allocator import allocated
-from measured import machine
+from measured import machine, on_ranks
 from report import memory_chart, memory_table
 from torch import Tensor
 from train_step import CONTEXT, GPT, VARIANTS, VOCABULARY, Variant
@@ -39,7 +37,7 @@ WORLD_SIZES = (1, 2, 4)
 MIB = 2**20
 
 
-def measure(rank: int, world_size: int, name: str, of_system: bool, directory: str) -> None:
+def measure(rank: int, world_size: int, directory: str, name: str, of_system: bool) -> None:
     """One rank of one variant; rank 0 writes the figures to a file. `of_system`: of the resident set."""
     # Freed memory goes back at once: what is resident is what is in use.
     mallopt = ctypes.CDLL(None).mallopt
@@ -136,25 +134,10 @@ def run_all(names: list[str], world_sizes: list[int]) -> list[dict[str, Any]]:
         for name in names:
             run: dict[str, Any] = {"name": name, "world_size": world_size}
             for of_system in (False, True) if name.startswith("ours") else (False,):
-                run |= _run_ranks(world_size, name, of_system)
+                run |= on_ranks(world_size, measure, name, of_system)
             print(f"{world_size} ranks, {name}: {run['above'] / MIB:.1f} MiB above the model", file=sys.stderr)
             runs.append(run)
     return runs
-
-
-def _run_ranks(world_size: int, name: str, of_system: bool) -> dict[str, int]:
-    fork = multiprocessing.get_context("fork")  # torch is imported once
-    with tempfile.TemporaryDirectory() as directory:
-        given = (world_size, name, of_system, directory)
-        ranks = [fork.Process(target=measure, args=(rank, *given)) for rank in range(world_size)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            sys.exit(f"{name} on {world_size} ranks failed")
-        found: dict[str, int] = json.loads(Path(directory, "found.json").read_text())
-        return found
 
 
 def bar(run: dict[str, Any]) -> float:

@@ -21,14 +21,12 @@ import dataclasses
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -38,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measured import machine, ratio
+from measured import machine, on_ranks, ratio
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -312,19 +310,7 @@ def measure(names: list[str], world_size: int, rounds: int) -> dict[str, Any]:
     """Run all variants on `world_size` processes; return times, ratios and bytes."""
     counts_bytes = os.environ.get("SHARDED_ADOPT_OWN_NETWORK") == "1"
     numel = sum(param.numel() for param in GPT().parameters())
-    with tempfile.TemporaryDirectory() as directory:
-        forks = multiprocessing.get_context("fork")  # torch is imported once
-        ranks = [
-            forks.Process(target=run_rank, args=(rank, world_size, directory, names, rounds))
-            for rank in range(world_size)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            sys.exit(f"ranks ended with {[rank.exitcode for rank in ranks]}: see their errors above")
-        found: dict[str, Any] = json.loads(Path(directory, "found.json").read_text())
+    found = on_ranks(world_size, run_rank, names, rounds)
     totals = {name: [one[0] for one in each] for name, each in found["seconds"].items()}
     results: dict[str, Any] = {"numel": numel, "world_size": world_size, "rounds": rounds, "load": found["load"]}
     results["variants"] = {

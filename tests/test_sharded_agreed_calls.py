@@ -144,9 +144,7 @@ def test_a_state_dict_from_before_the_first_step_brings_back_the_beginning(world
     run_ranks(world_size, begun_anew, name)
 
 
-def zeroed(rank: int, world_size: int, frees: bool) -> list[float]:
-    used, rare = weights(1, 1)
-    optimizer = ShardedOptimizer([used, rare], torch.optim.SGD, lr=0.1, momentum=0.9, shard_gradients=frees)
+def train_with_zeroed(optimizer: torch.optim.Optimizer, used: torch.Tensor, rare: torch.Tensor) -> list[float]:
     for step in range(3):
         (used + (rare if step == 0 else 0)).sum().backward()
         optimizer.step()
@@ -157,19 +155,18 @@ def zeroed(rank: int, world_size: int, frees: bool) -> list[float]:
     return [used.item(), rare.item()]
 
 
+def zeroed(rank: int, world_size: int, frees: bool) -> list[float]:
+    params = weights(1, 1)
+    optimizer = ShardedOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9, shard_gradients=frees)
+    return train_with_zeroed(optimizer, *params)
+
+
 @pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
 def test_gradients_made_zero_stay_gradients_as_in_torch(frees: bool) -> None:
     # T23
-    used, rare = weights(1, 1)
-    optimizer = torch.optim.SGD([used, rare], lr=0.1, momentum=0.9)
-    for step in range(3):
-        (used + (rare if step == 0 else 0)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-    optimizer.zero_grad()
-    (used * 1).sum().backward()
-    optimizer.step()
-    assert run_ranks(2, zeroed, frees) == [[used.item(), rare.item()]] * 2
+    params = weights(1, 1)
+    expected = train_with_zeroed(torch.optim.SGD(params, lr=0.1, momentum=0.9), *params)
+    assert run_ranks(2, zeroed, frees) == [expected] * 2
 
 
 def test_a_second_optimizer_that_would_lose_gradients_to_the_first_is_refused() -> None:
